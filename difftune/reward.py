@@ -1,0 +1,337 @@
+"""The reward contract: images and prompts in, one checked score per sample out.
+
+A reward is a function or a class. The function form is what users write::
+
+    @reward("redness", differentiable=True)
+    def redness(images, prompts):            # (B, 3, H, W) in [0, 1], list of B str
+        return images[:, 0].mean((1, 2))     # (B,), higher is better
+
+The class form has settings and weights: it subclasses :class:`Reward`, takes its settings in ``__init__`` and
+implements :meth:`Reward.score`. Both are registered by :func:`reward` and built by :func:`build_reward`. What a
+scorer returns is checked once, here: shape, dtype and finiteness, with the scorer and the sample in the message.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from difftune.registry import Registry
+from difftune.types import NonFiniteError, RewardOutput, UserError
+
+#: What a scorer may return: scores ``(B,)``, a mapping of named parts (their mean is the total), or the full record.
+Scores = Tensor | Sequence[float] | Mapping[str, Any] | RewardOutput
+
+
+class Reward(ABC):
+    """A scorer: ``reward(images, prompts) -> RewardOutput``.
+
+    Subclasses implement :meth:`score`; calling the object adds the common checks. Class attributes declare what the
+    scorer can do, so that an algorithm that needs more is refused before the run starts.
+
+    Attributes:
+        name: the registered name, set by the decorator.
+        differentiable: scores carry gradients to the pixels (needed by reward-gradient algorithms).
+        groupwise: the score of a sample depends on the other samples of its prompt.
+        video: takes ``(B, F, 3, H, W)`` frames.
+        licence: licence of the weights, empty when there are none.
+    """
+
+    name: ClassVar[str] = "unnamed"
+    differentiable: ClassVar[bool] = False
+    groupwise: ClassVar[bool] = False
+    video: ClassVar[bool] = False
+    licence: ClassVar[str] = ""
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        """Score ``images`` ``(B, 3, H, W)`` in [0, 1] (frames: ``(B, F, 3, H, W)``) made for ``B`` prompts.
+
+        ``metadata`` has one mapping per sample, empty unless the prompt file carries some.
+        """
+
+    def modules(self) -> list[nn.Module]:
+        """Return the networks the scorer holds (moved to the run's device, parked on the CPU when idle)."""
+        return [value for value in vars(self).values() if isinstance(value, nn.Module)]
+
+    def to(self, device: torch.device | str) -> Reward:
+        """Move the scorer's networks to ``device`` and return it."""
+        for module in self.modules():
+            module.to(device)
+        return self
+
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> RewardOutput:
+        """Score a batch and check what came back.
+
+        Args:
+            images: ``(B, 3, H, W)`` or ``(B, F, 3, H, W)`` floats in [0, 1].
+            prompts: ``B`` strings.
+            metadata: ``B`` mappings, or ``None``.
+
+        Raises:
+            ValueError: images or scores have the wrong shape, range or type; the message names the scorer.
+            NonFiniteError: a score is NaN or infinite; the message names scorer, sample and prompt.
+        """
+        prompts = list(prompts)
+        _check_images(self.name, images, len(prompts))
+        extra = [{}] * len(prompts) if metadata is None else list(metadata)
+        if len(extra) != len(prompts):
+            raise ValueError(f"reward {self.name!r}: {len(extra)} metadata records for {len(prompts)} prompts")
+        if self.differentiable:
+            scores = self.score(images, prompts, extra)
+        else:
+            with torch.no_grad():
+                scores = self.score(images.detach(), prompts, extra)
+        return checked_output(self.name, scores, prompts)
+
+
+def _check_images(name: str, images: Tensor, batch: int) -> None:
+    if not isinstance(images, Tensor) or images.ndim not in (4, 5) or images.shape[-3] != 3:
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"reward {name!r} got images {got}, expected a tensor (B, 3, H, W) or, for video, (B, F, 3, H, W)"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"reward {name!r} got {images.dtype} images, expected floats in [0, 1]: divide by 255")
+    if len(images) != batch:
+        raise ValueError(f"reward {name!r} got {len(images)} images for {batch} prompts")
+    if batch == 0:
+        return
+    low, high = torch.aminmax(images.detach())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(
+            f"reward {name!r} got images in [{float(low):.3g}, {float(high):.3g}], expected [0, 1]"
+        )
+
+
+def checked_output(name: str, scores: Scores, prompts: Sequence[str]) -> RewardOutput:
+    """Turn what a scorer returned into a :class:`RewardOutput` of fp32 tensors on one device, or say what is wrong.
+
+    Integers and bf16 become fp32; a mapping of parts gets the mean of its parts as the total. Tuples are refused:
+    two scores for two samples cannot be told from a pair (reward, metadata).
+    """
+    if isinstance(scores, RewardOutput):
+        total, parts, uncertainty = scores.total, dict(scores.parts), scores.uncertainty
+    elif isinstance(scores, Mapping):
+        if not scores:
+            raise ValueError(f"reward {name!r} returned no parts, expected at least one named (B,) score")
+        parts = {key: _as_scores(f"{name}/{key}", value, prompts) for key, value in scores.items()}
+        total, uncertainty = torch.stack(list(parts.values())).mean(0), None
+    elif isinstance(scores, tuple):
+        raise ValueError(
+            f"reward {name!r} returned a tuple of {len(scores)}, expected a tensor of {len(prompts)} scores, "
+            "a dict of named parts or a RewardOutput"
+        )
+    else:
+        total, parts, uncertainty = _as_scores(name, scores, prompts), {}, None
+    total = _as_scores(name, total, prompts)
+    parts = {key: _as_scores(f"{name}/{key}", value, prompts) for key, value in parts.items()}
+    if uncertainty is not None:
+        uncertainty = _as_scores(f"{name}/uncertainty", uncertainty, prompts)
+    return RewardOutput(total, parts, uncertainty)
+
+
+def _as_scores(name: str, value: Any, prompts: Sequence[str]) -> Tensor:
+    try:
+        scores = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"reward {name!r} returned {type(value).__name__}, expected {len(prompts)} numbers ({error})"
+        ) from None
+    if scores.shape != (len(prompts),):
+        raise ValueError(
+            f"reward {name!r} returned shape {tuple(scores.shape)}, expected ({len(prompts)},): one score per sample"
+        )
+    if scores.is_complex():
+        raise ValueError(f"reward {name!r} returned {scores.dtype}, expected real numbers")
+    scores = scores.float()
+    finite = torch.isfinite(scores.detach())
+    if not finite.all():
+        bad = int((~finite).nonzero()[0])
+        raise NonFiniteError(
+            f"reward {name!r} gave {float(scores.detach()[bad])} for sample {bad} "
+            f"(prompt {prompts[bad]!r}); the run stops before the update, the last checkpoint is intact"
+        )
+    return scores
+
+
+class FunctionReward(Reward):
+    """A reward made of a plain function ``f(images, prompts[, metadata])``."""
+
+    def __init__(self, name: str, function: Callable[..., Scores], differentiable: bool, **settings: Any) -> None:
+        self.name = name  # type: ignore[misc]
+        self.differentiable = differentiable  # type: ignore[misc]
+        self._function = function
+        self._settings = settings
+        parameters = inspect.signature(function).parameters
+        self._takes_metadata = "metadata" in parameters
+
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
+        """Call the function; ``metadata`` is passed when it has a parameter of that name."""
+        extra = {"metadata": metadata} if self._takes_metadata else {}
+        return self._function(images, prompts, **extra, **self._settings)
+
+
+Builder = Callable[..., Reward]
+
+REWARDS: Registry[Builder] = Registry("reward", "difftune.rewards", "difftune.rewards")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def reward(name: str, *, differentiable: bool = False) -> Callable[[F], F]:
+    """Register a function ``f(images, prompts) -> (B,)`` or a :class:`Reward` subclass under ``name``.
+
+    Args:
+        name: what the YAML and :func:`build_reward` call it.
+        differentiable: for functions, whether the scores carry gradients to the pixels (a class says so itself).
+
+    Further keyword parameters of the function, or the parameters of the class's ``__init__``, are its settings:
+    ``reward: {name: redness, threshold: 0.3}``.
+    """
+
+    def register(target: F) -> F:
+        origin = f"{target.__module__}.{target.__qualname__}"
+        if inspect.isclass(target):
+            if not issubclass(target, Reward):
+                raise TypeError(f"@reward({name!r}) got class {target.__name__}, expected a subclass of Reward")
+            target.name = name
+            REWARDS.add(name, target, origin)
+        else:
+            REWARDS.add(name, _function_builder(name, target, differentiable), origin)
+        return target
+
+    return register
+
+
+def _function_builder(name: str, function: Callable[..., Scores], differentiable: bool) -> Builder:
+    def build(**settings: Any) -> Reward:
+        return FunctionReward(name, function, differentiable, **settings)
+
+    build.__doc__ = function.__doc__
+    build.__wrapped__ = function  # type: ignore[attr-defined]
+    return build
+
+
+class WeightedReward(Reward):
+    """A weighted sum of rewards; the parts are logged unweighted, under the names of the rewards.
+
+    Attributes:
+        terms: ``(label, weight, reward)`` triples.
+    """
+
+    name = "weighted"
+
+    def __init__(self, terms: Sequence[tuple[str, float, Reward]]) -> None:
+        if not terms:
+            raise UserError("reward: got an empty list, expected at least one reward")
+        self.terms = list(terms)
+        self.name = " + ".join(label for label, _, _ in terms)  # type: ignore[misc]
+        self.differentiable = all(r.differentiable for _, _, r in terms)  # type: ignore[misc]
+        self.groupwise = any(r.groupwise for _, _, r in terms)  # type: ignore[misc]
+
+    def modules(self) -> list[nn.Module]:
+        """Return the networks of all terms."""
+        return [module for _, _, term in self.terms for module in term.modules()]
+
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
+        """Return ``sum_i weight_i * total_i`` with every term's total and parts under ``label`` and ``label/part``."""
+        total: Tensor | None = None
+        parts: dict[str, Tensor] = {}
+        for label, weight, term in self.terms:
+            out = term(images, prompts, metadata)
+            parts[label] = out.total
+            parts.update({f"{label}/{key}": value for key, value in out.parts.items()})
+            total = weight * out.total if total is None else total + weight * out.total
+        assert total is not None
+        return RewardOutput(total, parts)
+
+
+@overload
+def build_reward(spec: str, **settings: Any) -> Reward: ...
+@overload
+def build_reward(spec: Mapping[str, Any] | Sequence[Any] | Reward) -> Reward: ...
+
+
+def build_reward(spec: Any, **settings: Any) -> Reward:
+    """Build a reward from what a config may say.
+
+    Args:
+        spec: a registered name; ``{name: NAME, weight: 1.0, ...settings}``; a list of either, summed with their
+            weights; or a :class:`Reward`, returned as it is.
+        settings: the scorer's settings, with a name only.
+
+    Raises:
+        RegistryError: unknown name (with the nearest one).
+        UserError: unknown or missing settings.
+    """
+    if isinstance(spec, Reward):
+        return spec
+    if isinstance(spec, str):
+        return _build(spec, settings)
+    if isinstance(spec, Mapping):
+        weight = float(spec.get("weight", 1.0))
+        one = _build(_name_of(spec), {k: v for k, v in spec.items() if k not in ("name", "weight")})
+        return one if weight == 1.0 else WeightedReward([(one.name, weight, one)])
+    if isinstance(spec, Sequence):
+        terms: list[tuple[str, float, Reward]] = []
+        for item in spec:
+            entry = {"name": item} if isinstance(item, str) else dict(item)
+            one = _build(_name_of(entry), {k: v for k, v in entry.items() if k not in ("name", "weight")})
+            label = one.name
+            while any(label == taken for taken, _, _ in terms):
+                label += "_"
+            terms.append((label, float(entry.get("weight", 1.0)), one))
+        return WeightedReward(terms)
+    raise UserError(f"reward: got {type(spec).__name__}, expected a name, a mapping with a name, or a list of them")
+
+
+def _name_of(spec: Mapping[str, Any]) -> str:
+    if not isinstance(spec.get("name"), str):
+        raise UserError(f"reward: {dict(spec)!r} has no name, expected e.g. {{name: clip_score, weight: 1.0}}")
+    return spec["name"]
+
+
+def _build(name: str, settings: Mapping[str, Any]) -> Reward:
+    builder = REWARDS.get(name)
+    allowed = reward_settings(name)
+    for key in settings:
+        if key not in allowed:
+            known = ", ".join(sorted(allowed)) or "none"
+            raise UserError(f"reward {name!r} has no setting {key!r} (its settings: {known})")
+    missing = [k for k, p in allowed.items() if p.default is inspect.Parameter.empty and k not in settings]
+    if missing:
+        raise UserError(f"reward {name!r} needs {', '.join(missing)}: add it beside the name")
+    return builder(**settings)
+
+
+def reward_settings(name: str) -> dict[str, inspect.Parameter]:
+    """Return the settings of the reward ``name``: parameter name to its signature entry (default, annotation)."""
+    builder = REWARDS.get(name)
+    function = getattr(builder, "__wrapped__", None)
+    if function is None:
+        parameters = dict(inspect.signature(builder).parameters)
+    else:
+        parameters = dict(inspect.signature(function).parameters)
+        for given in list(parameters)[:2] + ["metadata"]:
+            parameters.pop(given, None)
+    return {
+        key: p
+        for key, p in parameters.items()
+        if p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    }
+
+
+def list_rewards() -> list[str]:
+    """Return the names of all rewards, built-in, installed and plugged in."""
+    return list(REWARDS)
