@@ -1,0 +1,1 @@
+"""One file per algorithm: how rollouts and rewards become a loss on the policy."""

@@ -1,0 +1,1 @@
+"""One YAML recipe per result, read as package resources."""
