@@ -128,9 +128,9 @@ def split_prompts(prompts: Sequence[Prompt], held_out: float | int, seed: int = 
         UserError: nothing would be left to train on, or the share is negative.
     """
     texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-    share = isinstance(held_out, float) and 0 < held_out < 1
+    share = isinstance(held_out, float) and held_out != 0
     count = max(1, round(held_out * len(texts))) if share else int(held_out)
-    if held_out < 0 or count != held_out and not share or count >= len(texts):
+    if held_out < 0 or count >= len(texts) or (share and held_out >= 1):
         raise UserError(
             f"held_out is {held_out}, expected a share below 1 or fewer than the {len(texts)} distinct prompts"
         )
@@ -277,7 +277,8 @@ def _read_csv(path: Path, text: str) -> list[Prompt]:
                 raise UserError(f"{path}:{reader.line_num}: expected {cells} cells: quote those with commas")
             prompts.append(_entry(row, f"{path}:{reader.line_num}:"))
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}") from None
+        # The inner reader's count: DictReader's own lags one row behind when a row fails.
+        raise UserError(f"{path}:{reader.reader.line_num}: {error}") from None
     return prompts
 
 
