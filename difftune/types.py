@@ -82,7 +82,8 @@ class Trajectory:
             )
         if self.times.shape != (steps,) or self.stochastic.shape != (steps,):
             raise ValueError(
-                f"times {tuple(self.times.shape)} and stochastic {tuple(self.stochastic.shape)} must have shape ({steps},)"
+                f"times {tuple(self.times.shape)} and stochastic {tuple(self.stochastic.shape)} "
+                f"must both have shape ({steps},)"
             )
         if len(self.prompts) != batch or len(self.keys) != batch:
             raise ValueError(f"{len(self.prompts)} prompts and {len(self.keys)} keys for {batch} samples")

@@ -1,0 +1,754 @@
+"""The sampler: records rollouts of an unmodified pipeline, and replays, probes and backpropagates through them.
+
+Every mode is one call of the pipeline's own ``__call__`` with a :mod:`puppet <difftune.puppet>` scheduler, whose
+driver decides what each step returns, and a :class:`~difftune.denoiser.Tap` on the denoiser, which decides whether it
+runs, runs with gradients or is skipped. Guidance, rescaling, packing and decoding stay the pipeline's code.
+
+Noise belongs to the samples, not to the batch: it is keyed by (seed, epoch, prompt, sample) and the step, so that a
+sample does not depend on the batch size, the number of processes or the order of prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from difftune.denoiser import Action, InferenceModeError, Tap
+from difftune.policy import Policy
+from difftune.prompt_cache import PromptCache
+from difftune.puppet import Prediction, make_puppet, override_timesteps
+from difftune.transition import Gaussian, Level
+from difftune.types import NonFiniteError, ParityError, SampleKey, Trajectory, UserError
+
+
+class _LoopLeft(Exception):
+    """Raised by a driver to leave the pipeline's loop: nothing after this step is needed."""
+
+
+@dataclass(frozen=True)
+class StepView:
+    """One replayed step, as handed to ``on_step``.
+
+    Attributes:
+        index: the step's number in the trajectory.
+        timestep: the pipeline's own timestep.
+        gaussian: the transition under the current weights, with its graph.
+        log_prob: ``(B,)`` mean log-prob per dimension of the *stored* x', with its graph.
+        old_log_prob: ``(B,)`` the same as recorded at the rollout.
+        x0: ``(B, *latent)`` predicted clean sample, with its graph.
+        dims: the number of dimensions d (sum log-prob = d * mean log-prob).
+    """
+
+    index: int
+    timestep: float
+    gaussian: Gaussian
+    log_prob: Tensor
+    old_log_prob: Tensor
+    x0: Tensor
+    dims: int
+
+    @property
+    def mean(self) -> Tensor:
+        """``(B, *latent)`` mean of the step's Gaussian, with its graph."""
+        return self.gaussian.mean
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the step's Gaussian."""
+        return self.gaussian.std
+
+
+@dataclass(frozen=True)
+class PointView:
+    """The guided prediction at one point (x_t, t) of the forward process, as handed to ``on_point``.
+
+    Attributes:
+        index: the point's number in the list given to :meth:`Sampler.probe`.
+        timestep: the point's timestep.
+        level: its noise level.
+        x_t: ``(B, *latent)`` the noisy sample.
+        output: ``(B, *latent)`` the pipeline's guided model output, fp32, with its graph.
+        x0: ``(B, *latent)`` the clean sample it predicts.
+        noise: ``(B, *latent)`` the noise it predicts.
+    """
+
+    index: int
+    timestep: float
+    level: Level
+    x_t: Tensor
+    output: Tensor
+    x0: Tensor
+    noise: Tensor
+
+
+def keyed_generator(key: SampleKey, stream: str) -> torch.Generator:
+    """Return a CPU generator that depends on the sample's key and the stream's name only."""
+    text = f"{key.seed}\x1f{key.epoch}\x1f{key.prompt}\x1f{key.sample}\x1f{stream}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def keyed_noise(keys: Sequence[SampleKey], stream: str, like: Tensor) -> Tensor:
+    """Return ``(B, *latent)`` standard normal noise, one independent stream per key, on ``like``'s device.
+
+    Drawn on the CPU in fp32 (fp64 if ``like`` is fp64), so that it is the same on every device.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    rows = [torch.randn(like.shape[1:], generator=keyed_generator(key, stream), dtype=dtype) for key in keys]
+    return torch.stack(rows).to(like.device)
+
+
+def sample_keys(prompts: Sequence[str], seed: int, epoch: int) -> tuple[SampleKey, ...]:
+    """Return one key per prompt, numbering the repetitions of each prompt in the order they come."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for prompt in prompts:
+        keys.append(SampleKey(seed, epoch, prompt, seen[prompt]))
+        seen[prompt] += 1
+    return tuple(keys)
+
+
+class Sampler:
+    """Drives a policy's pipeline.
+
+    Args:
+        policy: the policy.
+        steps: denoising steps T.
+        guidance_scale: passed to the pipeline where it takes one; its own default if ``None``.
+        eta: noise level of the dynamics: DDIM's eta (1 is DDPM), Flow-GRPO's a (0.7), Dance's eta (0.3), CPS's (0.9).
+        dynamics: ``auto``, ``ddim``, ``flow_sde``, ``dance_sde``, ``cps``, ``lcm`` or ``ode``.
+        window: indices of the steps that carry noise; all by default, except that a flow SDE's last step, which would
+            leave its noise in the picture, is an ODE step. The others are ODE steps.
+        batch_size: samples per pipeline call.
+        height, width: picture size in pixels; the pipeline's default if ``None``.
+        negative_prompt: one negative prompt for all samples.
+        store: where trajectories are kept: on the ``device`` or in (pinned) ``host`` memory.
+        call: further arguments of the pipeline's ``__call__``, the same for every sample.
+        autocast: dtype for ``torch.autocast`` around the pipeline, in every mode alike; off by default.
+
+    Raises:
+        UserError: the scheduler or the dynamics cannot be used, or the pipeline does not take an argument.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        steps: int = 20,
+        guidance_scale: float | None = None,
+        eta: float = 1.0,
+        dynamics: str = "auto",
+        window: Sequence[int] | None = None,
+        *,
+        batch_size: int = 16,
+        height: int | None = None,
+        width: int | None = None,
+        negative_prompt: str | None = None,
+        store: Literal["device", "host"] = "device",
+        call: Mapping[str, Any] | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if steps < 1:
+            raise UserError(f"sampler.steps: got {steps}, expected at least 1")
+        self.policy = policy
+        self.steps = steps
+        self.guidance_scale = guidance_scale
+        self.eta = eta
+        self.window = None if window is None else tuple(window)
+        self.batch_size = batch_size
+        self.store = store
+        self.autocast = autocast
+        self._puppet = make_puppet(policy.pipe.scheduler, dynamics, eta)
+        self.dynamics: str = self._puppet._difftune.dynamics
+        extra = {n: m for n, m in _modules(policy.pipe).items() if n.startswith("controlnet")}
+        self._tap = Tap({**policy.denoisers, **extra})
+        self._cache = PromptCache(policy.pipe)
+        self._parameters = _call_parameters(policy.pipe)
+        wanted = {
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+            "negative_prompt": negative_prompt,
+            **(call or {}),
+        }
+        # An embedded model may need arguments of its own; what the user says wins.
+        own = getattr(policy.pipe, "difftune_call", {})
+        self._fixed = {**own, **{name: value for name, value in wanted.items() if value is not None}}
+        for name in self._fixed:
+            if name not in self._parameters and not self._takes_anything():
+                raise UserError(
+                    f"sampler: {type(policy.pipe).__name__} takes no {name!r}; its arguments are "
+                    f"{', '.join(sorted(self._parameters))}"
+                )
+        bad = [k for k in self.window or () if not 0 <= k < steps]
+        if bad:
+            raise UserError(f"sampler.window: got step {bad[0]}, expected indices from 0 to {steps - 1}")
+
+    def _takes_anything(self) -> bool:
+        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._parameters.values())
+
+    @property
+    def denoiser_calls(self) -> int:
+        """Forward passes of the denoiser that were run so far (skipped steps do not count)."""
+        return self._tap.calls
+
+    # -- record ------------------------------------------------------------------------------------------
+
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        keys: Sequence[SampleKey] | None = None,
+        conditions: Mapping[str, Sequence[Any]] | None = None,
+        decode: bool = True,
+    ) -> Trajectory:
+        """Sample one image per prompt and record how.
+
+        Args:
+            prompts: ``B`` prompts; a prompt may come several times.
+            seed, epoch: what the noise is keyed by, with the prompt and its repetition.
+            keys: the keys themselves, in place of seed and epoch.
+            conditions: further arguments of the pipeline's call, one value per sample (init images, masks, ...).
+            decode: whether to decode images.
+
+        Raises:
+            NonFiniteError: a latent or image is NaN or infinite; the message names the sample.
+        """
+        prompts = tuple(prompts)
+        keys = sample_keys(prompts, seed, epoch) if keys is None else tuple(keys)
+        parts = []
+        for start in range(0, len(prompts), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            batch = {name: value[rows] for name, value in (conditions or {}).items()}
+            parts.append(self._record(prompts[rows], keys[rows], batch, decode))
+        if not parts:
+            raise UserError("rollout: got no prompts, expected at least one")
+        return Trajectory.cat(parts)
+
+    def _record(
+        self, prompts: tuple[str, ...], keys: tuple[SampleKey, ...], conditions: Mapping[str, Any], decode: bool
+    ) -> Trajectory:
+        driver = _Recorder(self, keys)
+        out = self._drive(driver, prompts, keys, conditions, leave_early=not decode)
+        trajectory = driver.trajectory(prompts, keys, conditions, self.store)
+        _require_finite(trajectory.states, "latent", prompts)
+        if not decode:
+            return trajectory
+        images = to_images(out, len(prompts))
+        _require_finite(images, "image", prompts)
+        return _with_images(trajectory, images)
+
+    def is_stochastic(self, index: int, prediction: Prediction) -> bool:
+        """Whether step ``index`` carries noise: inside the window, and its Gaussian has a std above 0."""
+        if self.window is not None:
+            if index not in self.window:
+                return False
+        elif prediction.family == "flow" and prediction.lands_on_data():
+            return False
+        return prediction.transition().std > 0
+
+    # -- replay ------------------------------------------------------------------------------------------
+
+    def replay(
+        self,
+        trajectory: Trajectory,
+        on_step: Callable[[StepView], Any],
+        steps: Sequence[int] | None = None,
+        *,
+        grad: bool = True,
+    ) -> None:
+        """Run the recorded call again, teacher-forced, and hand each wanted step to ``on_step``.
+
+        Args:
+            trajectory: the samples to replay, in one pipeline call.
+            on_step: gets a :class:`StepView`; it may call ``backward`` at once, after which the step's graph is gone.
+            steps: indices of the steps wanted, all stochastic ones by default. The denoiser runs at these only.
+            grad: whether to record graphs.
+
+        Raises:
+            ValueError: a wanted step carries no noise.
+            ParityError: the pipeline does not come by the recorded samples again.
+        """
+        wanted = trajectory.stochastic_steps if steps is None else sorted(set(steps))
+        deterministic = [k for k in wanted if not bool(trajectory.stochastic[k])]
+        if deterministic:
+            raise ValueError(
+                f"step {deterministic[0]} carries no noise and has no log-prob; stochastic steps are "
+                f"{trajectory.stochastic_steps}"
+            )
+        if not wanted:
+            raise ValueError("no step to replay: the trajectory has no stochastic step (dynamics=ode or eta=0)")
+        driver = _Replayer(trajectory, on_step, wanted, grad)
+        self._drive(driver, trajectory.prompts, trajectory.keys, trajectory.conditions)
+
+    def transitions(self, trajectory: Trajectory, steps: Sequence[int] | None = None) -> dict[int, Gaussian]:
+        """Return the Gaussians of the wanted steps under the weights in place, without gradients."""
+        found: dict[int, Gaussian] = {}
+
+        def keep(view: StepView) -> None:
+            found[view.index] = view.gaussian
+
+        self.replay(trajectory, keep, steps, grad=False)
+        return found
+
+    # -- probe -------------------------------------------------------------------------------------------
+
+    def probe(
+        self,
+        prompts: Sequence[str],
+        points: Sequence[tuple[float, Tensor]],
+        on_point: Callable[[PointView], Any],
+        *,
+        keys: Sequence[SampleKey] | None = None,
+        conditions: Mapping[str, Sequence[Any]] | None = None,
+        grad: bool = True,
+    ) -> None:
+        """Evaluate the pipeline's guided prediction at chosen points of the forward process.
+
+        Args:
+            prompts: ``B`` prompts.
+            points: ``(timestep, x_t)`` pairs, x_t of shape ``(B, *latent)``; one timestep per forward pass.
+            on_point: gets a :class:`PointView` per point, in order; may call ``backward`` at once.
+            keys, conditions: as in :meth:`rollout`, for pipelines that draw noise of their own.
+            grad: whether to record graphs.
+        """
+        prompts = tuple(prompts)
+        keys = sample_keys(prompts, 0, 0) if keys is None else tuple(keys)
+        driver = _Prober(points, on_point, grad)
+        self._drive(driver, prompts, keys, conditions or {}, steps=len(points) + 1)
+
+    def level(self, timestep: float) -> Level:
+        """Return the noise level of a training timestep (diffusion: an index; flow: t * num_train_timesteps)."""
+        return self._puppet._difftune.grid.level_at(self._puppet, timestep)
+
+    def timestep(self, u: float) -> float:
+        """Return the training timestep at the fraction ``u`` in [0, 1] of the schedule; 1 is pure noise."""
+        return self._puppet._difftune.grid.timestep_at(self._puppet, u)
+
+    # -- backprop ----------------------------------------------------------------------------------------
+
+    def backprop(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        keys: Sequence[SampleKey] | None = None,
+        conditions: Mapping[str, Sequence[Any]] | None = None,
+        grad_steps: Sequence[int] | None = None,
+        checkpointing: bool = True,
+    ) -> Tensor:
+        """Sample with a graph from the images back to the weights.
+
+        Args:
+            prompts, seed, epoch, keys, conditions: as in :meth:`rollout`; the same keys draw the same images.
+            grad_steps: steps whose denoiser call is differentiated, all by default; at the others the prediction is a
+                constant, while the sample itself still carries the graph through the scheduler's linear terms.
+            checkpointing: recompute each denoiser call in the backward pass: memory of one call, not of T.
+
+        Returns:
+            ``(B, 3, H, W)`` or ``(B, F, 3, H, W)`` images in [0, 1] with their graph.
+        """
+        prompts = tuple(prompts)
+        keys = sample_keys(prompts, seed, epoch) if keys is None else tuple(keys)
+        wanted = range(self.steps) if grad_steps is None else grad_steps
+        driver = _Backpropagator(self, keys, frozenset(wanted))
+        out = self._drive(driver, prompts, keys, conditions or {}, checkpointing=checkpointing)
+        return to_images(out, len(prompts))
+
+    # -- the one call ------------------------------------------------------------------------------------
+
+    def _arguments(
+        self, prompts: tuple[str, ...], keys: tuple[SampleKey, ...], conditions: Mapping[str, Any], steps: int
+    ) -> dict[str, Any]:
+        given: dict[str, Any] = {
+            "prompt": list(prompts),
+            "num_inference_steps": steps,
+            "generator": [keyed_generator(key, "pipeline") for key in keys],
+            "output_type": "pt",
+            "return_dict": True,
+            **self._fixed,
+            **conditions,
+        }
+        if isinstance(given.get("negative_prompt"), str):
+            given["negative_prompt"] = [given["negative_prompt"]] * len(prompts)
+        if self._takes_anything():
+            return given
+        return {name: value for name, value in given.items() if name in self._parameters}
+
+    def _drive(
+        self,
+        driver: Any,
+        prompts: tuple[str, ...],
+        keys: tuple[SampleKey, ...],
+        conditions: Mapping[str, Any],
+        *,
+        steps: int | None = None,
+        leave_early: bool = False,
+        checkpointing: bool = False,
+    ) -> Any:
+        """Call the pipeline with the puppet in place; ``None`` if the driver left the loop."""
+        pipe = self.policy.pipe
+        state = self._puppet._difftune
+        driver.leave_early = leave_early
+        arguments = self._arguments(prompts, keys, conditions, self.steps if steps is None else steps)
+        native = pipe.scheduler
+        with contextlib.ExitStack() as stack:
+            # The outer no_grad is what grad mode falls back to, whatever a driver switched on in between.
+            stack.enter_context(torch.no_grad())
+            if self.autocast is not None:
+                stack.enter_context(torch.autocast(self.policy.device.type, self.autocast))
+            stack.enter_context(self._tap.open(lambda: driver.action(state.index), checkpointing))
+            stack.enter_context(self._cache.open())
+            state.driver, state.index, state.position = driver, 0, None
+            vars(pipe)["scheduler"] = self._puppet
+            try:
+                return self._call(arguments)
+            except _LoopLeft:
+                return None
+            finally:
+                vars(pipe)["scheduler"] = native
+                state.driver = None
+
+    def _call(self, arguments: dict[str, Any]) -> Any:
+        pipe = self.policy.pipe
+        try:
+            return pipe(**arguments)
+        except InferenceModeError as error:
+            unwrapped = getattr(type(pipe).__call__, "__wrapped__", None)
+            if unwrapped is None:
+                raise UserError(
+                    f"{type(pipe).__name__} runs {error} inside torch.inference_mode, where nothing can be trained; "
+                    "use torch.no_grad there"
+                ) from None
+            self._puppet._difftune.index = 0
+            return unwrapped(pipe, **arguments)
+
+    # -- the gate ----------------------------------------------------------------------------------------
+
+    def check_parity(self, trajectory: Trajectory, tolerance: float | None = None) -> dict[str, float]:
+        """Replay a fresh rollout under unchanged weights and verify what every ratio relies on.
+
+        Verified: |ratio - 1| is within ``tolerance`` at every stochastic step, every adapted layer gets a gradient, and
+        nothing else does. Gradients are cleared afterwards.
+
+        Args:
+            trajectory: a rollout of one pipeline call (at most ``batch_size`` samples), made with the current weights.
+            tolerance: bound on |ratio - 1| (mean log-prob); by default 0 in fp32 on the CPU and 1e-4 elsewhere.
+
+        Returns:
+            ``max_ratio_error``, ``steps`` verified, ``grad_norm``, ``parameters`` reached.
+
+        Raises:
+            ParityError: naming the first step that differs, or the parameters without gradients.
+        """
+        params = self.policy.named_parameters()
+        exact = self.policy.device.type == "cpu" and self.autocast is None
+        bound = (0.0 if exact else 1e-4) if tolerance is None else tolerance
+        errors: dict[int, float] = {}
+
+        def verify(view: StepView) -> None:
+            log_ratio = view.log_prob - view.old_log_prob
+            errors[view.index] = float((log_ratio.detach().exp() - 1).abs().max())
+            (view.log_prob.sum() * view.dims**0.5).backward()
+
+        for parameter in params.values():
+            parameter.grad = None
+        self.replay(trajectory, verify)
+        norms = {name: 0.0 if p.grad is None else float(p.grad.norm()) for name, p in params.items()}
+        strays = [
+            f"{component}.{name}"
+            for component, module in _modules(self.policy.pipe).items()
+            for name, p in module.named_parameters()
+            if p.grad is not None and f"{component}.{name}" not in params
+        ]
+        for parameter in params.values():
+            parameter.grad = None
+        for index, error in errors.items():
+            if not error <= bound:
+                raise ParityError(
+                    f"parity: replaying step {index} gave |ratio - 1| = {error:.3g}, expected at most {bound:g}; "
+                    "rollout and training do not run the same computation (dropout, guidance, dtype or noise level)"
+                )
+        # B of a fresh LoRA is zero, so A has a zero gradient: a layer is reached if any of its parameters is.
+        layers: dict[str, float] = {}
+        for name, norm in norms.items():
+            layer = name.split(".lora_")[0]
+            layers[layer] = layers.get(layer, 0.0) + norm
+        silent = [layer for layer, norm in layers.items() if not norm > 0]
+        if len(silent) == len(layers):
+            raise ParityError("parity: no gradient reaches any trained parameter; is the denoiser run in no_grad?")
+        if strays:
+            raise ParityError(f"parity: gradients reach {strays[0]}, which is not trained; freeze it first")
+        return {
+            "max_ratio_error": max(errors.values()),
+            "steps": float(len(errors)),
+            "grad_norm": float(sum(n**2 for n in norms.values()) ** 0.5),
+            "layers_reached": float(len(layers) - len(silent)),
+            "layers": float(len(layers)),
+        }
+
+
+# -- drivers ---------------------------------------------------------------------------------------------
+
+
+class _Driver:
+    """Common ground of the drivers: native timesteps, denoiser run without gradients."""
+
+    leave_early = False
+
+    def timesteps(self, scheduler: Any) -> None:
+        """Keep the pipeline's own timesteps."""
+
+    def action(self, index: int) -> Action:
+        """Run the denoiser without gradients."""
+        return "run"
+
+
+class _Recorder(_Driver):
+    """Draws each step's noise and stores what the step received and returned."""
+
+    def __init__(self, sampler: Sampler, keys: tuple[SampleKey, ...]) -> None:
+        self._sampler = sampler
+        self._keys = keys
+        self._samples: list[Tensor] = []
+        self._outs: list[Tensor] = []
+        self._log_probs: list[Tensor] = []
+        self._stochastic: list[bool] = []
+        self._times: list[float] = []
+
+    def step(self, prediction: Prediction) -> Tensor:
+        following, gaussian = _take_step(self._sampler, prediction, self._keys)
+        sample = prediction.sample
+        noisy = gaussian.std > 0
+        self._samples.append(sample)
+        self._outs.append(following)
+        # The log-prob of the *rounded* sample: that is the one the replay will see.
+        log_prob = gaussian.log_prob(following) if noisy else sample.new_zeros(len(sample), dtype=torch.float32)
+        self._log_probs.append(log_prob)
+        self._stochastic.append(noisy)
+        self._times.append(prediction.timestep)
+        if self.leave_early and prediction.last:
+            raise _LoopLeft
+        return following
+
+    def trajectory(
+        self, prompts: tuple[str, ...], keys: tuple[SampleKey, ...], conditions: Mapping[str, Any], store: str
+    ) -> Trajectory:
+        if not self._outs:
+            raise UserError("the pipeline never called scheduler.step: it has no denoising loop to record")
+        followed = all(torch.equal(a, b) for a, b in zip(self._samples[1:], self._outs[:-1], strict=True))
+
+        def keep(values: list[Tensor]) -> Tensor:
+            stacked = torch.stack(values, dim=1)
+            if store == "host" and stacked.device.type != "cpu":
+                return stacked.to("cpu", non_blocking=False).pin_memory()
+            return stacked
+
+        return Trajectory(
+            states=keep([*self._samples, self._outs[-1]]),
+            times=torch.tensor(self._times),
+            log_probs=torch.stack(self._log_probs, dim=1),
+            stochastic=torch.tensor(self._stochastic),
+            prompts=prompts,
+            keys=keys,
+            steps_out=None if followed else keep(self._outs),
+            conditions=dict(conditions),
+        )
+
+
+def _take_step(sampler: Sampler, prediction: Prediction, keys: tuple[SampleKey, ...]) -> tuple[Tensor, Gaussian]:
+    """Return x' in the sample's dtype, and the Gaussian it was drawn from."""
+    noisy = sampler.is_stochastic(prediction.index, prediction)
+    gaussian = prediction.transition(noisy)
+    if not noisy:
+        return gaussian.mean.to(prediction.sample.dtype), gaussian
+    noise = keyed_noise(keys, f"step{prediction.index}", gaussian.mean)
+    return gaussian.sample(noise).to(prediction.sample.dtype), gaussian
+
+
+class _Replayer(_Driver):
+    """Returns the stored samples; at the wanted steps hands the transition to the callback."""
+
+    def __init__(
+        self, trajectory: Trajectory, on_step: Callable[[StepView], Any], wanted: Sequence[int], grad: bool
+    ) -> None:
+        self._trajectory = trajectory
+        self._on_step = on_step
+        self._wanted = frozenset(wanted)
+        self._last = max(wanted)
+        self._grad = grad
+
+    def action(self, index: int) -> Action:
+        if index not in self._wanted:
+            return "skip"
+        return "grad" if self._grad else "run"
+
+    def step(self, prediction: Prediction) -> Tensor:
+        index = prediction.index
+        trajectory = self._trajectory
+        following = trajectory.step_out(index).to(prediction.sample.device)
+        if index in self._wanted:
+            stored = trajectory.states[:, index].to(prediction.sample.device)
+            if prediction.sample.dtype != stored.dtype or not torch.equal(prediction.sample, stored):
+                raise ParityError(
+                    f"parity: at step {index} the pipeline holds another sample than the one recorded; it draws "
+                    "noise of its own, or the trajectory was stored in another dtype"
+                )
+            gaussian = prediction.transition()
+            self._on_step(
+                StepView(
+                    index=index,
+                    timestep=prediction.timestep,
+                    gaussian=gaussian,
+                    log_prob=gaussian.log_prob(following),
+                    old_log_prob=trajectory.log_probs[:, index].to(following.device),
+                    x0=prediction.x0,
+                    dims=trajectory.dims,
+                )
+            )
+            torch.set_grad_enabled(False)
+        if index >= self._last:
+            raise _LoopLeft
+        return following
+
+
+class _Prober(_Driver):
+    """Dictates (t, x_t): a first step that is not evaluated leads to the first point, each point to the next."""
+
+    def __init__(
+        self, points: Sequence[tuple[float, Tensor]], on_point: Callable[[PointView], Any], grad: bool
+    ) -> None:
+        if not points:
+            raise ValueError("no point to probe")
+        self._points = points
+        self._on_point = on_point
+        self._grad = grad
+
+    def timesteps(self, scheduler: Any) -> None:
+        times = [t for t, _ in self._points]
+        override_timesteps(scheduler, [times[0], *times])
+
+    def action(self, index: int) -> Action:
+        if index == 0:
+            return "skip"
+        return "grad" if self._grad else "run"
+
+    def step(self, prediction: Prediction) -> Tensor:
+        point = prediction.index - 1
+        if point >= 0:
+            self._on_point(
+                PointView(
+                    index=point,
+                    timestep=prediction.timestep,
+                    level=prediction.now,
+                    x_t=prediction.sample,
+                    output=prediction.output,
+                    x0=prediction.x0,
+                    noise=prediction.noise,
+                )
+            )
+            torch.set_grad_enabled(False)
+        if point + 1 == len(self._points):
+            raise _LoopLeft
+        x_t = self._points[point + 1][1]
+        if x_t.shape != prediction.sample.shape:
+            raise ValueError(
+                f"point {point + 1} has shape {tuple(x_t.shape)}, expected {tuple(prediction.sample.shape)}"
+            )
+        return x_t.to(prediction.sample)
+
+
+class _Backpropagator(_Driver):
+    """Steps with the graph kept; the denoiser is differentiated at the chosen steps only."""
+
+    def __init__(self, sampler: Sampler, keys: tuple[SampleKey, ...], grad_steps: frozenset[int]) -> None:
+        self._sampler = sampler
+        self._keys = keys
+        self._grad_steps = grad_steps
+
+    def action(self, index: int) -> Action:
+        return "grad" if index in self._grad_steps else "run"
+
+    def step(self, prediction: Prediction) -> Tensor:
+        return _take_step(self._sampler, prediction, self._keys)[0]
+
+
+# -- helpers ---------------------------------------------------------------------------------------------
+
+
+def _modules(pipe: Any) -> dict[str, nn.Module]:
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        components = vars(pipe)
+    return {name: value for name, value in components.items() if isinstance(value, nn.Module)}
+
+
+def _call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(type(pipe).__call__).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+def _with_images(trajectory: Trajectory, images: Tensor) -> Trajectory:
+    return dataclasses.replace(trajectory, images=images)
+
+
+def _require_finite(values: Tensor, what: str, prompts: Sequence[str]) -> None:
+    finite = torch.isfinite(values.flatten(1)).all(1)
+    if not bool(finite.all()):
+        bad = int((~finite).nonzero()[0])
+        raise NonFiniteError(
+            f"rollout: the {what} of sample {bad} (prompt {prompts[bad]!r}) is not finite; lower the learning rate, or "
+            "use model.dtype bf16 or fp32 in place of fp16"
+        )
+
+
+def to_images(out: Any, batch: int) -> Tensor:
+    """Turn a pipeline's output into images ``(B, 3, H, W)`` or frames ``(B, F, 3, H, W)``, fp32 in [0, 1].
+
+    Tensors keep their graph. Understands the output classes of diffusers (``images``, ``frames``), tuples, numpy
+    arrays ``(B, H, W, 3)`` and lists of PIL images.
+
+    Raises:
+        UserError: the output is none of these.
+    """
+    value = out
+    for name in ("images", "frames", "sample"):
+        if hasattr(value, name):
+            value = getattr(value, name)
+            break
+    else:
+        if isinstance(value, tuple):
+            value = value[0]
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        value = torch.stack(value)
+    if not isinstance(value, Tensor):
+        array = np.asarray(value) if isinstance(value, np.ndarray) else _pil_arrays(value)
+        if array is None:
+            raise UserError(f"the pipeline returned {type(out).__name__}, expected images or frames")
+        value = torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, -3)
+        value = value.float() / 255 if array.dtype == np.uint8 else value.float()
+    if value.ndim not in (4, 5) or len(value) != batch:
+        raise UserError(f"the pipeline returned a tensor of shape {tuple(value.shape)} for {batch} prompts")
+    return value.float().clamp(0, 1)
+
+
+def _pil_arrays(value: Any) -> np.ndarray | None:
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        frames = [_pil_arrays(item) for item in value]
+        return None if any(f is None for f in frames) else np.stack([f for f in frames if f is not None])
+    if isinstance(value, list) and value and hasattr(value[0], "convert"):
+        return np.stack([np.asarray(image.convert("RGB")) for image in value])
+    return None
