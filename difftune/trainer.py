@@ -1,0 +1,485 @@
+"""The loop: rollout -> score -> prepare -> minibatches -> loss -> step -> save, as a generator of metrics.
+
+The trainer names no algorithm, no reward and no pipeline. All chance in it is keyed by (seed, epoch, ...), and all it
+is lies in :meth:`Trainer.state_dict`, so a run that is interrupted and resumed goes on to the bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from difftune import checkpoint
+from difftune.algorithm import Algorithm, Batch, Context, Plan, Prepared
+from difftune.export import save_adapter, save_weights
+from difftune.policy import Policy
+from difftune.prompts import Prompt, PromptStream, load_prompts
+from difftune.report import sample_grid, write_report
+from difftune.reward import Reward, build_reward
+from difftune.sampler import Sampler, keyed_generator, sample_keys
+from difftune.types import Metrics, NonFiniteError, RewardOutput, SampleKey, Trajectory, UserError
+
+#: Called with (phase, done, total) while an epoch runs: what a progress display shows.
+Listener = Callable[[str, int, int], None]
+
+
+class TrainerConfig(BaseModel):
+    """How long and how large a run is, and what it leaves behind."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: int = Field(20, ge=1, description="Epochs: each is a rollout, its scores and its updates.")
+    prompts_per_epoch: int = Field(16, ge=1, description="Prompts drawn per epoch.")
+    samples_per_prompt: int = Field(4, ge=1, description="Samples per drawn prompt (the group's size).")
+    updates_per_epoch: int = Field(2, ge=1, description="Optimizer steps per pass over an epoch's samples.")
+    micro_batch: int = Field(16, ge=1, description="Samples per forward and backward; changes memory, not results.")
+    seed: int = Field(0, ge=0, description="Seed of everything: prompts, noise, minibatches.")
+    save_every: int = Field(5, ge=1, description="Epochs between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept.")
+    sample_every: int = Field(5, ge=0, description="Epochs between sample grids; 0 for none.")
+    sample_count: int = Field(16, ge=1, description="Pictures in a sample grid.")
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples per epoch over all processes."""
+        return self.prompts_per_epoch * self.samples_per_prompt
+
+
+class Trainer:
+    """Trains a policy; iterate over it for one :class:`~difftune.types.Metrics` per epoch.
+
+    Args:
+        policy, sampler, algorithm: the policy, the sampler that drives it, and the method.
+        reward: a :class:`~difftune.reward.Reward`, or anything :func:`~difftune.reward.build_reward` takes.
+        prompts: strings, :class:`~difftune.prompts.Prompt` records, or anything :func:`~difftune.prompts.load_prompts`
+            takes.
+        out: the run's folder; ``None`` writes nothing.
+        sample_prompts: prompts of the sample grids; the first training prompts by default.
+        config: sizes and intervals; or give its fields as keyword arguments.
+        resume: continue from the newest checkpoint in ``out`` that verifies.
+        base_model: the model's name, for the adapter's card.
+        description: the resolved configuration, written to ``config.yaml`` by the command line and into the adapter.
+        listener: called with (phase, done, total) while an epoch runs.
+
+    Raises:
+        UserError: a combination that cannot work, or a folder that already holds a run.
+
+    Attributes:
+        epoch: epochs finished.
+        step: optimizer steps taken.
+        parity: the figures of the parity gate, once it has run.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        sampler: Sampler,
+        algorithm: Algorithm,
+        reward: Reward | Any,
+        prompts: Any,
+        out: str | Path | None = None,
+        sample_prompts: Any = None,
+        config: TrainerConfig | None = None,
+        resume: bool = False,
+        base_model: str = "",
+        description: Mapping[str, Any] | None = None,
+        listener: Listener | None = None,
+        **settings: Any,
+    ) -> None:
+        if config is not None and settings:
+            raise UserError(f"Trainer: got config and {', '.join(settings)}, expected one or the other")
+        self.config = config or TrainerConfig(**settings)
+        self.accelerator = Accelerator()
+        self.policy = policy.to(self.accelerator.device)
+        self.sampler = sampler
+        self.algorithm = algorithm
+        self.reward = build_reward(reward).to(self.accelerator.device)
+        self.prompts = load_prompts(prompts)
+        self.sample_prompts = load_prompts(sample_prompts if sample_prompts is not None else self.prompts)
+        self.out = None if out is None else Path(out)
+        self.base_model = base_model
+        self.description = dict(description or {})
+        self.listener = listener
+        self.epoch = 0
+        self.step = 0
+        self.parity: dict[str, float] | None = None
+        self._stream = PromptStream(self.prompts, self.config.seed)
+        plan = Plan(self.config.prompts_per_epoch, self.config.samples_per_prompt, self.config.updates_per_epoch)
+        self.algorithm.check(sampler, self.reward, plan)
+        settings_ = self.algorithm.config
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(),
+            lr=settings_.lr,
+            betas=settings_.betas,
+            eps=settings_.adam_eps,
+            weight_decay=settings_.weight_decay,
+        )
+        self.algorithm.setup(self.policy)
+        self._boundary: dict[str, Any] | None = None
+        self._seconds: dict[str, float] = defaultdict(float)
+        if self.out is not None:
+            self._open(resume)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Metrics]:
+        """Run the remaining epochs, yielding one record after each."""
+        if self.epoch == 0:
+            self._write_samples()
+        while self.epoch < self.config.epochs:
+            self._boundary = self.state_dict()
+            try:
+                metrics = self._run_epoch(self.epoch + 1)
+            except KeyboardInterrupt:
+                # Half an epoch cannot be resumed to the bit; its beginning can.
+                if self.out is not None:
+                    self._save_checkpoint(self._boundary)
+                raise
+            yield metrics
+        self._boundary = None
+
+    def _run_epoch(self, epoch: int) -> Metrics:
+        self._seconds.clear()
+        calls = self.sampler.denoiser_calls
+        started = time.perf_counter()
+        texts, metadata, keys = self._plan(epoch)
+        mine = self._shard(len(texts))
+        if self.algorithm.evidence == "gradient":
+            trajectory, scores = None, None
+            prepared = Prepared({})
+        else:
+            trajectory = self._rollout([texts[i] for i in mine], [keys[i] for i in mine])
+            scores = self._score(trajectory, [texts[i] for i in mine], [metadata[i] for i in mine])
+            if self.parity is None:
+                self.parity = self._gate(trajectory)
+            prepared = self.algorithm.prepare(texts, scores)
+        values = self._update(epoch, texts, metadata, keys, mine, trajectory, prepared)
+        self.epoch = epoch
+        if scores is not None:
+            values = {**_reward_values(scores, prepared), **values}
+        took = time.perf_counter() - started
+        values["samples_per_second"] = len(texts) / took
+        values["denoiser_calls"] = float(self.sampler.denoiser_calls - calls)
+        return self._finish(epoch, values)
+
+    def _finish(self, epoch: int, values: dict[str, float]) -> Metrics:
+        """Write what is due after an epoch: samples, the log line, then the checkpoint."""
+        last = epoch == self.config.epochs
+        every = self.config.sample_every
+        if every and (epoch % every == 0 or last):
+            self._write_samples()
+        metrics = Metrics(epoch, self.step, values, dict(self._seconds))
+        if self.out is not None and self.accelerator.is_main_process:
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(metrics.record()) + "\n")
+        if self.out is not None and (epoch % self.config.save_every == 0 or last):
+            self._save_checkpoint(self.state_dict())
+        return metrics
+
+    def _plan(self, epoch: int) -> tuple[list[str], list[Mapping[str, Any]], list[SampleKey]]:
+        """Return the epoch's prompts, metadata and keys: a pure function of (seed, epoch)."""
+        drawn = self._stream.epoch(epoch - 1, self.config.prompts_per_epoch)
+        rows = [prompt for prompt in drawn for _ in range(self.config.samples_per_prompt)]
+        texts = [row.text for row in rows]
+        return texts, [row.metadata for row in rows], list(sample_keys(texts, self.config.seed, epoch))
+
+    def _shard(self, count: int) -> list[int]:
+        """Return the indices of this process: a contiguous block, sizes differing by at most one."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return list(range(count * rank // world, count * (rank + 1) // world))
+
+    def _rollout(self, texts: Sequence[str], keys: Sequence[SampleKey]) -> Trajectory:
+        parts = []
+        size = self.sampler.batch_size
+        with self._phase("rollout"):
+            for start in range(0, len(texts), size):
+                rows = slice(start, start + size)
+                parts.append(self.sampler.rollout(texts[rows], keys=keys[rows]))
+                self._tell("rollout", min(start + size, len(texts)), len(texts))
+        return Trajectory.cat(parts)
+
+    def _score(
+        self, trajectory: Trajectory, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> RewardOutput:
+        """Score this process's samples and gather everyone's, in the plan's order, on the CPU."""
+        assert trajectory.images is not None
+        with self._phase("score"):
+            out = self.reward(trajectory.images, texts, metadata)
+            total = self._gather(out.total)
+            parts = {name: self._gather(value) for name, value in out.parts.items()}
+            uncertainty = None if out.uncertainty is None else self._gather(out.uncertainty)
+        self._tell("score", len(texts), len(texts))
+        return RewardOutput(total, parts, uncertainty)
+
+    def _gather(self, values: Tensor) -> Tensor:
+        local = values.detach().cpu()
+        if self.accelerator.num_processes == 1:
+            return local
+        return torch.tensor([v for rank in gather_object([local.tolist()]) for v in rank])
+
+    def _gate(self, trajectory: Trajectory) -> dict[str, float]:
+        with self._phase("gate"):
+            if not trajectory.stochastic_steps:
+                return {}
+            return self.sampler.check_parity(trajectory.select(range(min(len(trajectory), self.sampler.batch_size))))
+
+    def _update(
+        self,
+        epoch: int,
+        texts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+        keys: Sequence[SampleKey],
+        mine: Sequence[int],
+        trajectory: Trajectory | None,
+        prepared: Prepared,
+    ) -> dict[str, float]:
+        units = [[i] for i in range(len(texts))] if prepared.units is None else [list(u) for u in prepared.units]
+        meter: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        local = {index: row for row, index in enumerate(mine)}
+        done, total = 0, self.algorithm.config.inner_epochs * self.config.updates_per_epoch
+        with self._phase("update"):
+            for sweep in range(self.algorithm.config.inner_epochs):
+                order = torch.randperm(len(units), generator=self._generator(epoch, sweep, "order")).tolist()
+                for number, chosen in enumerate(_split(order, self.config.updates_per_epoch)):
+                    minibatch = [units[i] for i in chosen]
+                    size = sum(len(unit) for unit in minibatch)
+                    for micro in _micro_batches([u for u in minibatch if u[0] in local], self.config.micro_batch):
+                        rows = [i for unit in micro for i in unit]
+                        batch = Batch(
+                            prompts=tuple(texts[i] for i in rows),
+                            keys=tuple(keys[i] for i in rows),
+                            values={name: value[rows] for name, value in prepared.values.items()},
+                            trajectory=None if trajectory is None else trajectory.select([local[i] for i in rows]),
+                            metadata=[metadata[i] for i in rows],
+                            units=_renumbered(micro),
+                        )
+                        context = Context(
+                            sampler=self.sampler,
+                            policy=self.policy,
+                            reward=self.reward,
+                            weight=len(rows) / size,
+                            # Keyed by the minibatch: how it is cut into micro-batches must not change the result.
+                            generator=self._generator(epoch, sweep, f"minibatch{number}"),
+                            epoch=epoch,
+                            step=self.step,
+                        )
+                        for name, value in self.algorithm.accumulate(batch, context).items():
+                            meter[name].append((value, len(rows)))
+                    meter["grad_norm"].append((self._optimize(), 1.0))
+                    done += 1
+                    self._tell("update", done, total)
+        return self._means(meter)
+
+    def _generator(self, epoch: int, sweep: int, stream: str) -> torch.Generator:
+        return keyed_generator(SampleKey(self.config.seed, epoch, "", sweep), stream)
+
+    def _optimize(self) -> float:
+        """Reduce, check, clip and step; return the gradient's norm before clipping."""
+        parameters = self.policy.named_parameters()
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")  # type: ignore[assignment]
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.algorithm.config.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            bad = [n for n, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(
+                f"the gradient of {bad[0] if bad else 'the policy'} is not finite; the weights are unchanged and the "
+                "last checkpoint is intact: lower algorithm.lr, or use model.dtype fp32"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.algorithm.after_step(self.policy, self.step)
+        return float(norm)
+
+    def _means(self, meter: Mapping[str, list[tuple[float, float]]]) -> dict[str, float]:
+        if self.accelerator.num_processes > 1:
+            merged: dict[str, list[tuple[float, float]]] = defaultdict(list)
+            for rank in gather_object([dict(meter)]):
+                for name, entries in rank.items():
+                    merged[name].extend(entries)
+            meter = merged
+        return {name: sum(v * w for v, w in e) / sum(w for _, w in e) for name, e in meter.items() if e}
+
+    # -- what a run leaves behind --------------------------------------------------------------------------------
+
+    def _write_samples(self) -> None:
+        """Draw the sample grid: the same prompts and noise every time."""
+        if self.out is None or not self.config.sample_every or not self.accelerator.is_main_process:
+            return
+        count = self.config.sample_count
+        texts = [self.sample_prompts[i % len(self.sample_prompts)].text for i in range(count)]
+        with self._phase("samples"):
+            trajectory = self.sampler.rollout(texts, keys=sample_keys(texts, self.config.seed, 0))
+            assert trajectory.images is not None
+            images = trajectory.images if trajectory.images.ndim == 4 else trajectory.images[:, 0]
+            path = self.out / "samples" / f"epoch_{self.epoch:04d}.png"
+            path.parent.mkdir(exist_ok=True)
+            sample_grid(images.cpu(), columns=min(count, 8), captions=texts, path=path)
+
+    def save(self) -> list[Path]:
+        """Write the adapter (or the trained weights, with ``lora=None``) and the report; return the files."""
+        if self.out is None:
+            raise UserError("Trainer.save: this trainer has no folder; give it out=...")
+        if not self.accelerator.is_main_process:
+            return []
+        folder = self.out / "adapter"
+        if self.policy.lora is None:
+            files = save_weights(self.policy.pipe, folder, names=list(self.policy.named_parameters()))
+        else:
+            files = save_adapter(
+                self.policy.pipe,
+                self.policy.adapter_name,
+                folder,
+                config=self.description,
+                metadata={
+                    "difftune.rewards": self.reward.name,
+                    "difftune.algorithm": self.algorithm.name,
+                    "difftune.epoch": str(self.epoch),
+                },
+                base_model=self.base_model,
+                name=self.out.name or "adapter",
+            )
+        return [*files, write_report(self.out)]
+
+    @property
+    def checkpoint_root(self) -> Path:
+        """The folder of the checkpoints."""
+        assert self.out is not None
+        return self.out / "checkpoints"
+
+    def _save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        with self._phase("save"):
+            if self.accelerator.is_main_process:
+                checkpoint.save_checkpoint(
+                    self.checkpoint_root, state["epoch"], state, keep=self.config.keep_checkpoints
+                )
+            self.accelerator.wait_for_everyone()
+
+    def _open(self, resume: bool) -> None:
+        """Make the run's folder, or take up the run that is in it."""
+        assert self.out is not None
+        log = self.out / "metrics.jsonl"
+        if resume:
+            found = checkpoint.load_latest(self.checkpoint_root)
+            if found is not None:
+                self.load_state_dict(found[0])
+            elif not self.out.is_dir():
+                raise UserError(f"resume: {self.out} does not exist; start the run without --resume")
+        elif log.exists() or checkpoint.checkpoints(self.checkpoint_root):
+            raise UserError(f"out: {self.out} already holds a run; resume it, or choose another folder")
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process and log.exists():
+            # Lines of epochs that the checkpoint does not know of are written again, the same.
+            kept = [line for line in log.read_text().splitlines() if _epoch_of(line) <= self.epoch]
+            checkpoint.write_atomically(log, "".join(line + "\n" for line in kept))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything the run is: counters, weights, adapters, optimizer, algorithm and random generators."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seed": self.config.seed,
+            "policy": self.policy.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "algorithm": {"name": self.algorithm.name, "state": copy.deepcopy(self.algorithm.state_dict())},
+            "rng": checkpoint.rng_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            UserError: the state is of another algorithm, seed or adapter.
+        """
+        if state["algorithm"]["name"] != self.algorithm.name:
+            raise UserError(
+                f"resume: the checkpoint was made by {state['algorithm']['name']!r}, this run uses "
+                f"{self.algorithm.name!r}; resume with the run's own configuration"
+            )
+        if state["seed"] != self.config.seed:
+            raise UserError(
+                f"resume: the checkpoint has seed {state['seed']}, this run {self.config.seed}; use the same seed"
+            )
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.algorithm.load_state_dict(state["algorithm"]["state"])
+        checkpoint.load_rng_state(state["rng"])
+
+    # -- small things --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - started
+
+    def _tell(self, phase: str, done: int, total: int) -> None:
+        if self.listener is not None:
+            self.listener(phase, done, total)
+
+
+def _split(items: Sequence[int], parts: int) -> list[Sequence[int]]:
+    """Cut ``items`` into at most ``parts`` runs of nearly equal length, none empty."""
+    count = min(parts, len(items))
+    return [items[len(items) * k // count : len(items) * (k + 1) // count] for k in range(count)]
+
+
+def _micro_batches(units: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:
+    """Cut units into runs of at most ``size`` samples (one unit at least)."""
+    current: list[list[int]] = []
+    for unit in units:
+        if current and sum(map(len, current)) + len(unit) > size:
+            yield current
+            current = []
+        current.append(unit)
+    if current:
+        yield current
+
+
+def _renumbered(units: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the units as indices into their concatenation."""
+    out, start = [], 0
+    for unit in units:
+        out.append(list(range(start, start + len(unit))))
+        start += len(unit)
+    return out
+
+
+def _reward_values(scores: RewardOutput, prepared: Prepared) -> dict[str, float]:
+    values = {"reward/mean": float(scores.total.mean()), "reward/std": float(scores.total.std(correction=0))}
+    for name, part in scores.parts.items():
+        values[f"reward/{name}"] = float(part.mean())
+    if "advantage" in prepared.values:
+        values["advantage/abs_mean"] = float(prepared.values["advantage"].abs().mean())
+    return values
+
+
+def _epoch_of(line: str) -> float:
+    """Return a log line's epoch; a torn line has none and is dropped."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+__all__ = ["Listener", "Prompt", "Trainer", "TrainerConfig"]
