@@ -61,26 +61,29 @@ class SceneReward(Reward):
         """Return totals ``(B,)`` and what each clause cost."""
         pictures, frames = per_frame(images)
         asked = [asked_clauses(prompt, extra) for prompt, extra in zip(prompts, metadata, strict=True)]
-        costs = [
-            self._costs(read_scene(picture), asked[index // frames])
+        scored = [
+            self._score_one(read_scene(picture), asked[index // frames])
             for index, picture in enumerate(pictures.float().cpu().numpy())
         ]
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32).view(-1, frames).mean(1).to(images.device)
+
         parts = {
-            f"lost/{name}": torch.tensor([-cost.get(name, 0.0) for cost in costs]).view(-1, frames).mean(1)
+            f"lost/{name}": column([0.0 - costs.get(name, 0.0) for _, costs in scored])
             for name in (*CLAUSES, "readable")
         }
-        total = 1 + torch.stack(list(parts.values())).sum(0)
-        return RewardOutput(total.to(images.device), {k: v.to(images.device) for k, v in parts.items()})
+        return RewardOutput(column([total for total, _ in scored]), parts)
 
-    def _costs(self, reading: SceneReading, asked: Clauses) -> dict[str, float]:
-        """Return the points one picture loses to each clause; those of ``all`` are shared by the missed amounts."""
+    def _score_one(self, reading: SceneReading, asked: Clauses) -> tuple[float, dict[str, float]]:
+        """Return one picture's total and the points it loses to each clause; those of ``all`` are shared out."""
         if not asked:
-            return {} if reading.readable else {"readable": 1.0}
-        missed = {name: 1 - score for name, score in score_clauses(reading, asked).items()}
-        whole = sum(missed.values())
+            return (1.0, {}) if reading.readable else (0.0, {"readable": 1.0})
+        scores = score_clauses(reading, asked)
+        whole = sum(1 - score for score in scores.values())
         if self.correct == "mean":
-            return {name: miss / len(missed) for name, miss in missed.items()}
-        return {name: miss / whole for name, miss in missed.items()} if whole > 0 else {}
+            return sum(scores.values()) / len(scores), {k: (1 - v) / len(scores) for k, v in scores.items()}
+        return (0.0, {k: (1 - v) / whole for k, v in scores.items()}) if whole > 0 else (1.0, {})
 
 
 def asked_clauses(prompt: str, metadata: Mapping[str, Any]) -> Clauses:
