@@ -17,18 +17,21 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from difftune.policy import Policy
 from difftune.registry import Registry
-from difftune.reward import Reward
-from difftune.sampler import Sampler, StepView
 from difftune.transition import Gaussian
 from difftune.types import NonFiniteError, RewardOutput, SampleKey, Trajectory, UserError
+
+if TYPE_CHECKING:
+    # The contract speaks of what is handed to it; at run time it stands below all three.
+    from difftune.policy import Policy
+    from difftune.reward import Reward
+    from difftune.sampler import Sampler, StepView
 
 Evidence = Literal["transitions", "samples", "gradient"]
 
@@ -171,7 +174,7 @@ class Algorithm(ABC):
                 "differentiable reward (difftune list rewards) or a policy-gradient algorithm"
             )
 
-    def setup(self, policy: Policy) -> None:
+    def setup(self, policy: Policy) -> None:  # noqa: B027
         """Called once before the first epoch: store adapters, for example."""
 
     def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
@@ -182,14 +185,14 @@ class Algorithm(ABC):
     def accumulate(self, batch: Batch, context: Context) -> dict[str, float]:
         """Run forward and backward on a micro-batch; gradients add up in ``.grad``. Returns metrics (batch means)."""
 
-    def after_step(self, policy: Policy, step: int) -> None:
+    def after_step(self, policy: Policy, step: int) -> None:  # noqa: B027
         """Called after each optimizer step: update stored adapters, for example."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the policy: numbers, strings, lists, dicts and tensors."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Restore :meth:`state_dict`."""
 
 

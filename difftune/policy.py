@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class LoraConfig(BaseModel):
     """A low-rank adapter (Hu et al. 2021) on the denoiser's linear layers: W + (alpha / rank) B A."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rank: int = Field(8, ge=1, description="Rank r of the update.")
     alpha: float | None = Field(None, gt=0, description="Scale alpha; null means alpha = rank, a factor of 1.")
@@ -57,6 +57,9 @@ class LoraConfig(BaseModel):
         pattern="^(default|gaussian)$",
         description="default: A by Kaiming, B zero; gaussian: A normal with std 1/rank, B zero.",
     )
+
+
+DEFAULT_LORA = LoraConfig()
 
 
 class ModelConfig(BaseModel):
@@ -105,7 +108,7 @@ def load_pipeline(
         torch_dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
         if name in MODELS or name.startswith("difftune/"):
             if name not in MODELS or MODELS[name].kind != "pipeline":
-                known = ", ".join(k for k, m in MODELS.items() if m.kind == "pipeline")
+                known = ", ".join(sorted(k for k, m in MODELS.items() if m.kind == "pipeline"))
                 raise UserError(f"model: got {name!r}, expected one of the embedded pipelines: {known}")
             source = str(model_path(name))
         else:
@@ -182,7 +185,7 @@ class Policy:
     def __init__(
         self,
         pipe: Any,
-        lora: LoraConfig | None = LoraConfig(),
+        lora: LoraConfig | None = DEFAULT_LORA,
         *,
         denoisers: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
@@ -379,8 +382,9 @@ def _attach(component: str, module: nn.Module, lora: LoraConfig, adapter: str) -
     if adapter in getattr(module, "peft_config", {}):
         raise UserError(f"{component}: already carries an adapter; pass a fresh pipeline, or lora=None to train it")
     try:
-        if hasattr(module, "add_adapter"):
-            module.add_adapter(config, adapter_name=adapter)
+        add_adapter: Any = getattr(module, "add_adapter", None)
+        if add_adapter is not None:
+            add_adapter(config, adapter_name=adapter)
         else:
             inject_adapter_in_model(config, module, adapter_name=adapter)
     except ValueError as error:
@@ -397,7 +401,7 @@ def _default_targets(component: str, module: nn.Module) -> list[str]:
     found = [target for target in DEFAULT_TARGETS if any(n == target or n.endswith("." + target) for n in names)]
     if found:
         return found
-    if not names:
+    if not any(names):
         raise UserError(
             f"lora: {component} ({type(module).__name__}) has no linear layer; name lora.targets, or train it whole "
             "with lora=None"
@@ -406,8 +410,7 @@ def _default_targets(component: str, module: nn.Module) -> list[str]:
 
 
 def _enable_checkpointing(module: nn.Module) -> None:
-    if not hasattr(module, "enable_gradient_checkpointing"):
-        raise UserError(
-            f"gradient_checkpointing: {type(module).__name__} does not support it; set it to false"
-        )
-    module.enable_gradient_checkpointing()
+    enable: Any = getattr(module, "enable_gradient_checkpointing", None)
+    if enable is None:
+        raise UserError(f"gradient_checkpointing: {type(module).__name__} does not support it; set it to false")
+    enable()

@@ -344,7 +344,7 @@ def make_puppet(native: Any, dynamics: str = "auto", eta: float = 1.0) -> Any:
     """
     grid = grid_of(native)
     puppet = copy.deepcopy(native)
-    puppet.__class__ = _puppet_class(type(native))
+    puppet.__class__ = _puppet_class(type(native))  # type: ignore[arg-type]
     puppet.__dict__["_difftune"] = PuppetState(grid, resolve_dynamics(dynamics, grid), eta)
     return puppet
 

@@ -293,7 +293,7 @@ class Trainer:
             for parameter in parameters.values():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")  # type: ignore[assignment]
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.algorithm.config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             bad = [n for n, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
@@ -340,22 +340,20 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return []
         folder = self.out / "adapter"
+        about: dict[str, Any] = {
+            "config": self.description,
+            "metadata": {
+                "difftune.rewards": self.reward.name,
+                "difftune.algorithm": self.algorithm.name,
+                "difftune.epoch": str(self.epoch),
+            },
+            "base_model": self.base_model,
+            "name": self.out.name or "adapter",
+        }
         if self.policy.lora is None:
-            files = save_weights(self.policy.pipe, folder, names=list(self.policy.named_parameters()))
+            files = save_weights(self.policy.pipe, folder, names=list(self.policy.named_parameters()), **about)
         else:
-            files = save_adapter(
-                self.policy.pipe,
-                self.policy.adapter_name,
-                folder,
-                config=self.description,
-                metadata={
-                    "difftune.rewards": self.reward.name,
-                    "difftune.algorithm": self.algorithm.name,
-                    "difftune.epoch": str(self.epoch),
-                },
-                base_model=self.base_model,
-                name=self.out.name or "adapter",
-            )
+            files = save_adapter(self.policy.pipe, self.policy.adapter_name, folder, **about)
         return [*files, write_report(self.out)]
 
     @property

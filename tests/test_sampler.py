@@ -1,0 +1,493 @@
+"""The sampler on real pipeline classes: recording, replaying, probing, backpropagating, and the parity gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from difftune.policy import LoraConfig, Policy
+from difftune.sampler import Sampler, StepView, keyed_noise, sample_keys, to_images
+from difftune.types import NonFiniteError, ParityError, Trajectory, UserError
+
+PROMPTS = ["a red cat", "two dog", "", "a red cat"]
+ETA = {"sd": 1.0, "sd3": 0.7}
+
+
+def make(kind: str, seed: int = 0, **settings: Any) -> Sampler:
+    """A sampler over a tiny pipeline with a LoRA that already does something."""
+    policy = Policy(tiny.PIPELINES[kind](), LoraConfig(rank=2))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return Sampler(policy, **{"steps": 5, "guidance_scale": 3.0, "eta": ETA[kind], "batch_size": 4, **settings})
+
+
+@pytest.fixture(params=sorted(tiny.PIPELINES))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in policy.named_parameters().items() if p.grad is not None}
+    for parameter in policy.parameters():
+        parameter.grad = None
+    return found
+
+
+# -- record ------------------------------------------------------------------------------------------------------
+
+
+def test_rollout_records_every_step(kind: str) -> None:
+    sampler = make(kind)
+    traj = sampler.rollout(PROMPTS, seed=3)
+    assert traj.states.shape == (4, 6, 4, 8, 8)
+    assert traj.images is not None and traj.images.shape == (4, 3, 16, 16)
+    assert 0 <= float(traj.images.min()) and float(traj.images.max()) <= 1
+    # A flow SDE's last step lands on the picture, so it carries no noise.
+    assert traj.stochastic.tolist() == [True] * 4 + [kind == "sd"]
+    assert torch.isfinite(traj.log_probs).all()
+    assert traj.log_probs[:, ~traj.stochastic].eq(0).all()
+    assert sampler.denoiser_calls == 5
+
+
+def test_without_noise_the_rollout_is_the_stock_pipelines(kind: str) -> None:
+    """eta = 0 through the puppet gives what the pipeline gives with its own scheduler."""
+    sampler = make(kind, dynamics="ode", eta=0.0)
+    pipe = sampler.policy.pipe
+    traj = sampler.rollout(PROMPTS)
+    stock = pipe(
+        prompt=PROMPTS, num_inference_steps=5, guidance_scale=3.0, output_type="pt", latents=traj.states[:, 0],
+        **pipe.difftune_call if kind == "sd3" else {},
+    ).images  # fmt: skip
+    torch.testing.assert_close(traj.images, stock, atol=1e-5, rtol=0)
+
+
+def test_the_pipeline_is_left_as_it_was(kind: str) -> None:
+    sampler = make(kind)
+    pipe = sampler.policy.pipe
+    scheduler, module = pipe.scheduler, next(iter(sampler.policy.denoisers.values()))
+    forward = module.forward
+    sampler.rollout(PROMPTS)
+    assert pipe.scheduler is scheduler and module.forward == forward
+    assert "encode_prompt" not in vars(pipe) and "forward" not in vars(module)
+    assert torch.is_grad_enabled()
+
+
+def test_noise_belongs_to_samples_not_to_batches(kind: str) -> None:
+    small, large = make(kind, batch_size=2), make(kind, batch_size=4)
+    a, b = small.rollout(PROMPTS, seed=1), large.rollout(PROMPTS, seed=1)
+    assert torch.equal(a.states[:, 0], b.states[:, 0])
+    like = torch.empty(4, 4, 8, 8)
+    noise = keyed_noise(a.keys, "step2", like)
+    assert torch.equal(noise[1:3], keyed_noise(a.keys[1:3], "step2", like[1:3]))
+    assert a.images is not None and b.images is not None
+    torch.testing.assert_close(a.images, b.images, atol=1e-5, rtol=0)
+
+
+def test_order_of_prompts_does_not_matter(kind: str) -> None:
+    sampler = make(kind)
+    a = sampler.rollout(PROMPTS, seed=1)
+    b = sampler.rollout([PROMPTS[i] for i in (2, 1, 0)], seed=1)
+    assert a.images is not None and b.images is not None
+    torch.testing.assert_close(a.images[[2, 1, 0]], b.images, atol=1e-5, rtol=0)
+
+
+def test_seed_epoch_prompt_and_repetition_change_the_noise() -> None:
+    keys = sample_keys(["a", "a", "b"], 0, 0) + sample_keys(["a"], 1, 0) + sample_keys(["a"], 0, 1)
+    noise = keyed_noise(keys, "pipeline", torch.empty(5, 16))
+    for i in range(5):
+        for j in range(i):
+            assert not torch.equal(noise[i], noise[j])
+    assert not torch.equal(noise, keyed_noise(keys, "step0", torch.empty(5, 16)))
+
+
+def test_same_seed_is_byte_equal(kind: str) -> None:
+    a, b = make(kind).rollout(PROMPTS, seed=4), make(kind).rollout(PROMPTS, seed=4)
+    assert torch.equal(a.states, b.states) and torch.equal(a.log_probs, b.log_probs)
+
+
+def test_a_window_makes_the_other_steps_ode_steps(kind: str) -> None:
+    traj = make(kind, window=[1, 2]).rollout(PROMPTS)
+    assert traj.stochastic_steps == [1, 2]
+
+
+def test_conditions_are_cut_into_batches(kind: str) -> None:
+    sampler = make(kind, batch_size=3)
+    traj = sampler.rollout(PROMPTS, conditions={"negative_prompt": ["dog", "cat", "", "dog"]})
+    plain = sampler.rollout(PROMPTS)
+    assert not torch.equal(traj.images[0], plain.images[0])  # type: ignore[index]
+    torch.testing.assert_close(traj.images[2], plain.images[2], atol=1e-5, rtol=0)  # type: ignore[index]
+    assert list(traj.conditions["negative_prompt"]) == ["dog", "cat", "", "dog"]
+
+
+def test_prompts_are_encoded_once(kind: str) -> None:
+    sampler = make(kind)
+    calls = []
+    sampler.policy.pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    sampler.rollout(PROMPTS)
+    first = len(calls)
+    traj = sampler.rollout(PROMPTS, epoch=1)
+    sampler.replay(traj, lambda view: None)
+    assert first > 0 and len(calls) == first
+
+
+def test_cached_embeddings_are_the_pipelines_own(kind: str) -> None:
+    pipe = tiny.PIPELINES[kind]()
+    sampler = Sampler(Policy(pipe, LoraConfig(rank=2)), steps=2)
+    given = {"device": torch.device("cpu"), "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    own = {"prompt": PROMPTS} if kind == "sd" else {"prompt": PROMPTS, "prompt_2": None, "prompt_3": None}
+    direct = pipe.encode_prompt(**own, **given)
+    with sampler._cache.open():
+        cached = pipe.encode_prompt(**own, **given)
+    assert len(direct) == len(cached)
+    for a, b in zip(direct, cached, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_arguments_the_pipeline_does_not_take_are_refused() -> None:
+    with pytest.raises(UserError, match="StableDiffusionPipeline takes no 'num_frames'"):
+        make("sd", call={"num_frames": 8})
+    with pytest.raises(UserError, match="sampler.window: got step 9, expected indices from 0 to 4"):
+        make("sd", window=[9])
+
+
+def test_non_finite_latents_stop_and_name_the_sample() -> None:
+    sampler = make("sd")
+    with torch.no_grad():
+        sampler.policy.parameters()[0].fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"sample 0 \(prompt 'a red cat'\)"):
+        sampler.rollout(PROMPTS)
+
+
+# -- replay ------------------------------------------------------------------------------------------------------
+
+
+def test_ratio_is_exactly_one_at_every_stochastic_step(kind: str) -> None:
+    sampler = make(kind)
+    traj = sampler.rollout(PROMPTS)
+    seen: dict[int, float] = {}
+
+    def on_step(view: StepView) -> None:
+        seen[view.index] = float((view.log_prob - view.old_log_prob).abs().max())
+
+    sampler.replay(traj, on_step)
+    assert seen == dict.fromkeys(traj.stochastic_steps, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_ratio_is_one_in_low_precision_too(kind: str, dtype: torch.dtype) -> None:
+    sampler = make(kind)
+    sampler.policy.pipe.to(dtype)
+    for parameter in sampler.policy.parameters():
+        parameter.data = parameter.data.float()
+    traj = sampler.rollout(PROMPTS)
+    assert traj.states.dtype == dtype and traj.log_probs.dtype == torch.float32
+    assert sampler.check_parity(traj)["max_ratio_error"] == 0
+
+
+def test_replaying_k_steps_costs_k_calls(kind: str) -> None:
+    sampler = make(kind)
+    traj = sampler.rollout(PROMPTS)
+    runs = []
+    original = type(next(iter(sampler.policy.denoisers.values()))).forward
+    module = next(iter(sampler.policy.denoisers.values()))
+    # Counted below the tap, at a layer that runs once per forward pass.
+    module.get_submodule("conv_in" if kind == "sd" else "pos_embed").register_forward_hook(lambda *_: runs.append(1))
+    for steps in ([2], [0, 3], traj.stochastic_steps):
+        runs.clear()
+        before = sampler.denoiser_calls
+        sampler.replay(traj, lambda view: None, steps=steps)
+        assert len(runs) == sampler.denoiser_calls - before == len(steps)
+    assert type(module).forward is original
+
+
+def test_replay_of_a_selection_and_another_batch_size(kind: str) -> None:
+    sampler = make(kind)
+    traj = sampler.rollout(PROMPTS)
+    part = traj.select([3, 1])
+    seen = []
+    sampler.replay(part, lambda view: seen.append((view.log_prob - view.old_log_prob).abs().max()), steps=[1])
+    assert float(seen[0]) < 1e-5
+    assert part.prompts == ("a red cat", "two dog")
+
+
+def test_windowed_gradients_add_up_to_the_whole(kind: str) -> None:
+    sampler = make(kind)
+    traj = sampler.rollout(PROMPTS)
+    sampler.replay(traj, lambda view: view.log_prob.sum().backward())
+    whole = gradients(sampler.policy)
+    for k in traj.stochastic_steps:
+        sampler.replay(traj, lambda view: view.log_prob.sum().backward(), steps=[k])
+    parts = gradients(sampler.policy)
+    assert whole.keys() == parts.keys() and whole
+    for name, grad in whole.items():
+        torch.testing.assert_close(grad, parts[name], atol=1e-6, rtol=1e-4)
+
+
+def test_gradient_of_a_replay_is_the_derivative(kind: str) -> None:
+    """A directional finite difference of a step's log-prob, with the weights in fp64."""
+    sampler = make(kind)
+    sampler.policy.pipe.to(torch.float64)
+    for parameter in sampler.policy.parameters():
+        parameter.data = parameter.data.double()
+    traj = sampler.rollout(PROMPTS[:2])
+    assert traj.states.dtype == torch.float64
+
+    def value() -> float:
+        out = []
+        sampler.replay(traj, lambda view: out.append(float(view.log_prob.sum())), steps=[1], grad=False)
+        return out[0]
+
+    sampler.replay(traj, lambda view: view.log_prob.sum().backward(), steps=[1])
+    grads = gradients(sampler.policy)
+    params = sampler.policy.named_parameters()
+    direction = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).double() for n, p in params.items()}
+    expected = sum(float((grads[n] * direction[n]).sum()) for n in grads)
+    values = []
+    for sign in (1, -1):
+        for n, p in params.items():
+            p.data += sign * 1e-5 * direction[n]
+        values.append(value())
+        for n, p in params.items():
+            p.data -= sign * 1e-5 * direction[n]
+    assert (values[0] - values[1]) / 2e-5 == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+def test_deterministic_steps_cannot_be_replayed(kind: str) -> None:
+    sampler = make(kind, window=[1])
+    traj = sampler.rollout(PROMPTS)
+    with pytest.raises(ValueError, match="step 0 carries no noise"):
+        sampler.replay(traj, lambda view: None, steps=[0])
+    ode = make(kind, dynamics="ode", eta=0.0)
+    with pytest.raises(ValueError, match="no stochastic step"):
+        ode.replay(ode.rollout(PROMPTS), lambda view: None)
+
+
+def test_transitions_under_the_reference_differ(kind: str) -> None:
+    sampler = make(kind)
+    traj = sampler.rollout(PROMPTS)
+    mine = sampler.transitions(traj, [1])[1]
+    with sampler.policy.reference():
+        reference = sampler.transitions(traj, [1])[1]
+    assert mine.std == reference.std
+    assert not mine.mean.requires_grad
+    assert float(mine.kl(reference).min()) > 0
+
+
+# -- probe -------------------------------------------------------------------------------------------------------
+
+
+def test_probe_is_the_pipelines_guided_prediction(kind: str) -> None:
+    sampler = make(kind)
+    traj = sampler.rollout(PROMPTS)
+    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    points = [(801.0, x), (201.0, 0.5 * x)]
+    seen = []
+    sampler.probe(PROMPTS, points, lambda view: seen.append((view.timestep, view.output.detach(), view.level)))
+    pipe, module = sampler.policy.pipe, next(iter(sampler.policy.denoisers.values()))
+    given = {"device": torch.device("cpu"), "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    with torch.no_grad():
+        for (t, x_t), (timestep, output, level) in zip(points, seen, strict=True):
+            assert timestep == t
+            if kind == "sd":
+                text, blank = pipe.encode_prompt(prompt=PROMPTS, **given)
+                cond, uncond = (module(x_t, t, encoder_hidden_states=e).sample for e in (text, blank))
+            else:
+                text, blank, pooled, pooled_blank = pipe.encode_prompt(
+                    prompt=PROMPTS, prompt_2=None, prompt_3=None, max_sequence_length=8, **given
+                )
+                time = torch.full((4,), t)
+                cond, uncond = (
+                    module(hidden_states=x_t, timestep=time, encoder_hidden_states=e, pooled_projections=p).sample
+                    for e, p in ((text, pooled), (blank, pooled_blank))
+                )
+            torch.testing.assert_close(output, uncond + 3.0 * (cond - uncond), atol=1e-5, rtol=1e-5)
+            assert level.sigma == pytest.approx(sampler.level(t).sigma, abs=1e-6)
+    assert traj.num_steps == 5
+
+
+def test_probe_costs_one_call_a_point_and_carries_gradients(kind: str) -> None:
+    sampler = make(kind)
+    sampler.rollout(PROMPTS)
+    x = torch.randn(4, 4, 8, 8)
+    before = sampler.denoiser_calls
+    sampler.probe(PROMPTS, [(500.0, x), (100.0, x)], lambda view: view.x0.square().mean().backward())
+    assert sampler.denoiser_calls - before == 2
+    assert gradients(sampler.policy)
+
+
+# -- backprop ----------------------------------------------------------------------------------------------------
+
+
+def test_backprop_draws_the_rollouts_images_and_reaches_the_weights(kind: str) -> None:
+    sampler = make(kind)
+    traj = sampler.rollout(PROMPTS, seed=2)
+    images = sampler.backprop(PROMPTS, seed=2)
+    torch.testing.assert_close(images.detach(), traj.images, atol=1e-6, rtol=0)
+    images.sum().backward()
+    silent = [name for name, grad in gradients(sampler.policy).items() if not float(grad.norm()) > 0]
+    # SD3's last block throws the text stream's output away, so its text queries have no effect at all.
+    assert all("transformer_blocks.1.attn.add_q_proj" in name for name in silent)
+
+
+def test_backprop_is_the_derivative_and_checkpointing_changes_nothing(kind: str) -> None:
+    sampler = make(kind, steps=3)
+    sampler.policy.pipe.to(torch.float64)
+    for parameter in sampler.policy.parameters():
+        parameter.data = parameter.data.double()
+    weight = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    results = []
+    for checkpointing in (True, False):
+        (sampler.backprop(PROMPTS[:2], checkpointing=checkpointing) * weight).sum().backward()
+        results.append(gradients(sampler.policy))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name])
+    name, parameter = max(sampler.policy.named_parameters().items(), key=lambda item: float(results[0][item[0]].norm()))
+    direction = results[0][name] / results[0][name].norm()
+    values = []
+    for sign in (1, -1):
+        parameter.data += sign * 1e-4 * direction
+        with torch.no_grad():
+            values.append(float((sampler.backprop(PROMPTS[:2]).detach().double() * weight).sum()))
+        parameter.data -= sign * 1e-4 * direction
+    assert (values[0] - values[1]) / 2e-4 == pytest.approx(float(results[0][name].norm()), rel=2e-2)
+
+
+def test_truncation_differentiates_the_chosen_steps_only(kind: str) -> None:
+    sampler = make(kind)
+    full = sampler.backprop(PROMPTS, seed=2)
+    last = sampler.backprop(PROMPTS, seed=2, grad_steps=[4])
+    torch.testing.assert_close(last.detach(), full.detach(), atol=1e-6, rtol=0)
+    last.sum().backward()
+    truncated = gradients(sampler.policy)
+    full.sum().backward()
+    whole = gradients(sampler.policy)
+    assert any(not torch.allclose(truncated[n], whole[n], rtol=1e-3) for n in truncated)
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------
+
+
+def test_parity_passes_on_an_untouched_run(kind: str) -> None:
+    sampler = make(kind)
+    report = sampler.check_parity(sampler.rollout(PROMPTS))
+    assert report["max_ratio_error"] == 0
+    assert report["steps"] == (5 if kind == "sd" else 4)
+    assert report["layers_reached"] > 0 and all(p.grad is None for p in sampler.policy.parameters())
+
+
+def _store_in_bf16(sampler: Sampler, traj: Trajectory) -> Trajectory:
+    import dataclasses
+
+    return dataclasses.replace(traj, states=traj.states.bfloat16().float())
+
+
+def _dropout(sampler: Sampler, traj: Trajectory) -> Trajectory:
+    module = next(iter(sampler.policy.denoisers.values()))
+    module.register_forward_pre_hook(lambda m, a: (nn.functional.dropout(a[0], 0.1), *a[1:]) if a else None)
+    module.register_forward_hook(
+        lambda m, a, out: tuple(nn.functional.dropout(o, 0.1) if torch.is_tensor(o) else o for o in out)
+    )
+    return traj
+
+
+def _no_guidance(sampler: Sampler, traj: Trajectory) -> Trajectory:
+    sampler._fixed["guidance_scale"] = 1.0
+    return traj
+
+
+def _wrong_sigma(sampler: Sampler, traj: Trajectory) -> Trajectory:
+    sampler._puppet._difftune.eta *= 1.01
+    return traj
+
+
+@pytest.mark.parametrize("mutant", [_store_in_bf16, _dropout, _no_guidance, _wrong_sigma])
+def test_the_gate_catches_mutants(kind: str, mutant: Callable[[Sampler, Trajectory], Trajectory]) -> None:
+    sampler = make(kind)
+    traj = mutant(sampler, sampler.rollout(PROMPTS))
+    with pytest.raises(ParityError, match="parity: .*step"):
+        sampler.check_parity(traj)
+
+
+def test_the_gate_catches_gradients_that_go_nowhere() -> None:
+    sampler = make("sd")
+    traj = sampler.rollout(PROMPTS)
+    sampler.policy.pipe.vae.requires_grad_(True)
+    sampler.check_parity(traj)  # the decoder is not in the replay, so nothing reaches it
+    sampler.policy.pipe.unet.conv_in.weight.requires_grad_(True)
+    policy = sampler.policy
+    named = {n: p for n, p in policy.named_parameters().items() if "lora" in n}
+    policy.named_parameters = lambda: named  # type: ignore[method-assign]
+    with pytest.raises(ParityError, match="gradients reach unet.conv_in.weight"):
+        sampler.check_parity(traj)
+
+
+# -- pipelines of the user's own ---------------------------------------------------------------------------------
+
+
+class Dots(diffusers.DiffusionPipeline):
+    """A pipeline of a user's own: its own denoiser, vectors as latents, no decoder to speak of."""
+
+    def __init__(self, brain: nn.Module, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(brain=brain, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, prompt: list[str], num_inference_steps: int = 5, generator: Any = None) -> Any:
+        x = torch.stack([torch.randn(12, generator=g) for g in generator])
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.brain(x, t), t, x).prev_sample
+        return (torch.sigmoid(x).reshape(-1, 3, 2, 2),)
+
+
+class Brain(nn.Module):
+    """A denoiser with nothing of diffusers in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(13, 16)
+        self.outer = nn.Linear(16, 12)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        time = (t / 1000).expand(len(x), 1).to(x)
+        return self.outer(torch.tanh(self.inner(torch.cat([x, time], 1))))
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+@pytest.mark.parametrize("scheduler", [diffusers.DDIMScheduler, diffusers.FlowMatchEulerDiscreteScheduler])
+def test_a_pipeline_of_the_users_own_works(lora: LoraConfig | None, scheduler: Any) -> None:
+    sampler = Sampler(Policy(Dots(Brain(), scheduler()), lora), steps=4, eta=0.5)
+    traj = sampler.rollout(["x", "y"])
+    assert traj.states.shape == (2, 5, 12)
+    report = sampler.check_parity(traj)
+    assert report["max_ratio_error"] == 0 and report["layers_reached"] == report["layers"]
+
+
+def test_inference_mode_is_unwrapped() -> None:
+    class Strict(Dots):
+        __call__ = torch.inference_mode()(Dots.__call__.__wrapped__)  # type: ignore[attr-defined]
+
+    sampler = Sampler(Policy(Strict(Brain(), diffusers.DDIMScheduler()), LoraConfig(rank=2)), steps=4)
+    assert sampler.check_parity(sampler.rollout(["x"]))["max_ratio_error"] == 0
+
+
+def test_images_are_understood_in_every_form() -> None:
+    import numpy as np
+    from PIL import Image
+
+    array = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    expected = torch.from_numpy(array).permute(0, 3, 1, 2).float() / 255
+    for value in (array, [Image.fromarray(a) for a in array], (expected,), expected.half().double()):
+        torch.testing.assert_close(to_images(value, 2), expected, atol=1e-3, rtol=0)
+    video = to_images(np.stack([array] * 3, 1), 2)
+    assert video.shape == (2, 3, 3, 8, 8)
+    with pytest.raises(UserError, match="expected images or frames"):
+        to_images({"nothing": 1}, 2)

@@ -1,0 +1,301 @@
+"""The trainer: one state, bitwise resume, and what must stop a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import difftune as dt
+from difftune.algorithm import build_algorithm
+from difftune.policy import LoraConfig, Policy
+from difftune.reward import FunctionReward
+from difftune.sampler import Sampler
+from difftune.trainer import Trainer, _micro_batches, _split
+from difftune.types import Metrics, NonFiniteError, ParityError, UserError
+
+PROMPTS = ["a red cat", "two dog", "a star"]
+ETA = {"sd": 1.0, "sd3": 0.7}
+
+
+def redness(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+def make(out: Path | None = None, kind: str = "sd", reward: Any = None, **settings: Any) -> Trainer:
+    policy = Policy(tiny.PIPELINES[kind](), LoraConfig(rank=2))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    sampler = Sampler(policy, steps=4, guidance_scale=2.0, eta=ETA[kind], batch_size=8)
+    algorithm = {"lr": 1e-2, "normalize": "batch", **settings.pop("algorithm", {})}
+    sizes = {"epochs": 3, "prompts_per_epoch": 4, "samples_per_prompt": 2, "micro_batch": 4, "save_every": 1}
+    return Trainer(
+        policy=policy,
+        sampler=sampler,
+        algorithm=build_algorithm("ddpo", **algorithm),
+        reward=reward or FunctionReward("redness", redness, True),
+        prompts=PROMPTS,
+        out=out,
+        **{**sizes, "sample_count": 4, "sample_every": 2, **settings},
+    )
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.policy.named_parameters().items()}
+
+
+def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    """The log without its wall-clock fields, the only ones that may differ."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds/", "samples_per_second"))} for line in lines]
+
+
+@pytest.mark.parametrize("kind", sorted(tiny.PIPELINES))
+def test_a_run_yields_metrics_and_leaves_its_folder(tmp_path: Path, kind: str) -> None:
+    trainer = make(tmp_path / "run", kind)
+    before = weights(trainer)
+    records = list(trainer)
+    assert [m.epoch for m in records] == [1, 2, 3] and [m.step for m in records] == [2, 4, 6]
+    assert not same(before, weights(trainer))
+    first = records[0]
+    assert {"reward/mean", "reward/std", "ratio", "clip_fraction", "log_prob", "grad_norm"} <= first.values.keys()
+    assert {"rollout", "score", "update", "gate"} <= first.seconds.keys()
+    assert trainer.parity is not None and trainer.parity["max_ratio_error"] == 0
+    # 8 samples in one pipeline call of 4 steps; the gate replays the noisy ones; two updates of one micro-batch each.
+    noisy = 4 if kind == "sd" else 3
+    assert first["denoiser_calls"] == 4 + noisy + 2 * noisy
+    assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == [
+        "epoch_0000.png", "epoch_0002.png", "epoch_0003.png",
+    ]  # fmt: skip
+    files = trainer.save()
+    assert (tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors") in files
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_first_update_is_on_policy() -> None:
+    trainer = make(updates_per_epoch=1)
+    metrics = next(iter(trainer))
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-6)
+    assert metrics["clip_fraction"] == 0
+    assert metrics["kl_old"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_notebook_needs_no_folder() -> None:
+    trainer = make()
+    assert isinstance(next(iter(trainer)), Metrics)
+    with pytest.raises(UserError, match="no folder"):
+        trainer.save()
+
+
+def test_two_runs_with_one_seed_are_byte_equal(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a"), make(tmp_path / "b")
+    list(a), list(b)
+    assert same(weights(a), weights(b))
+    assert timeless(tmp_path / "a/metrics.jsonl") == timeless(tmp_path / "b/metrics.jsonl")
+    for name in ("epoch_0000.png", "epoch_0003.png"):
+        assert (tmp_path / "a/samples" / name).read_bytes() == (tmp_path / "b/samples" / name).read_bytes()
+    other = make(seed=1)
+    list(other)
+    assert not same(weights(a), weights(other))
+
+
+def test_micro_batches_change_memory_not_results() -> None:
+    a, b = make(micro_batch=1), make(micro_batch=4)
+    ra, rb = list(a), list(b)
+    for name, value in weights(a).items():
+        torch.testing.assert_close(value, weights(b)[name], atol=2e-4, rtol=0)
+    assert ra[0]["reward/mean"] == rb[0]["reward/mean"]
+
+
+PHASES = ["rollout", "score", "update"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("normalize", ["prompt", "batch"])
+def test_interrupted_anywhere_a_run_resumes_to_the_bit(
+    tmp_path: Path, phase: str, epoch: int, normalize: str
+) -> None:
+    settings: dict[str, Any] = {"algorithm": {"normalize": normalize, "prompt_min_count": 3, "timestep_fraction": 0.5}}
+    whole = make(tmp_path / "whole", **settings)
+    list(whole)
+
+    cut = make(tmp_path / "cut", save_every=3, **settings)
+
+    def interrupt(name: str, done: int, total: int) -> None:
+        # The first update of the epoch has been taken when the phase "update" reports.
+        if name == phase and cut.epoch + 1 == epoch:
+            raise KeyboardInterrupt
+
+    cut.listener = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        list(cut)
+    torch.rand(5)  # whatever else the process does with the global generators in between
+
+    resumed = make(tmp_path / "cut", save_every=3, resume=True, **settings)
+    assert resumed.epoch == epoch - 1
+    list(resumed)
+    assert same(weights(whole), weights(resumed))
+    assert timeless(tmp_path / "whole/metrics.jsonl") == timeless(tmp_path / "cut/metrics.jsonl")
+    a, b = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
+    assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+    assert whole.algorithm.state_dict() == resumed.algorithm.state_dict()
+
+
+def test_a_killed_run_resumes_from_its_checkpoint_and_rewrites_the_log(tmp_path: Path) -> None:
+    whole = make(tmp_path / "whole", epochs=4, save_every=2)
+    list(whole)
+    killed = make(tmp_path / "killed", epochs=4, save_every=2)
+    steps = iter(killed)
+    for _ in range(3):
+        next(steps)  # killed after epoch 3, whose checkpoint was not due
+    with (tmp_path / "killed/metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "rew')  # and in the middle of a line
+    resumed = make(tmp_path / "killed", epochs=4, save_every=2, resume=True)
+    assert resumed.epoch == 2
+    list(resumed)
+    assert same(weights(whole), weights(resumed))
+    assert timeless(tmp_path / "whole/metrics.jsonl") == timeless(tmp_path / "killed/metrics.jsonl")
+
+
+def test_a_resumed_step_moves_the_adapter_the_pipeline_uses(tmp_path: Path) -> None:
+    list(make(tmp_path / "run", epochs=1))
+    resumed = make(tmp_path / "run", epochs=2, resume=True)
+    before = weights(resumed)
+    list(resumed)
+    assert not same(before, weights(resumed))
+    assert all(any(p is q for q in resumed.policy.parameters()) for g in resumed.optimizer.param_groups for p in g["params"])
+
+
+def test_a_run_is_not_overwritten_nor_mixed_up(tmp_path: Path) -> None:
+    list(make(tmp_path / "run", epochs=1))
+    with pytest.raises(UserError, match="already holds a run"):
+        make(tmp_path / "run")
+    with pytest.raises(UserError, match="use the same seed"):
+        make(tmp_path / "run", resume=True, seed=7)
+    with pytest.raises(UserError, match="does not exist"):
+        make(tmp_path / "nowhere", resume=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_reward_stops_the_run_before_the_update(tmp_path: Path, bad: float) -> None:
+    def planted(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        scores = redness(images, prompts)
+        scores[3] = bad if trainer.epoch == 1 else scores[3]
+        return scores
+
+    trainer = make(tmp_path / "run", reward=FunctionReward("planted", planted, False))
+    steps = iter(trainer)
+    next(steps)
+    kept = weights(trainer)
+    with pytest.raises(NonFiniteError, match=r"reward 'planted' gave (nan|inf) for sample 3 \(prompt '.*'\)"):
+        next(steps)
+    assert same(kept, weights(trainer))
+    assert make(tmp_path / "run", resume=True).epoch == 1
+
+
+def test_a_bad_gradient_stops_before_the_optimizer_steps(tmp_path: Path) -> None:
+    trainer = make(tmp_path / "run")
+    name, parameter = next(iter(trainer.policy.named_parameters().items()))
+    kept = weights(trainer)
+    parameter.register_hook(lambda grad: grad * float("nan") if trainer.parity is not None else grad)
+    with pytest.raises(NonFiniteError, match=f"the gradient of {name} is not finite"):
+        next(iter(trainer))
+    assert same(kept, weights(trainer))
+
+
+def test_a_bad_loss_names_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    original = trainer.algorithm.step_loss  # type: ignore[attr-defined]
+
+    def planted(*args: Any) -> Any:
+        loss, stats = original(*args)
+        return loss * torch.tensor([1.0, float("inf"), 1.0, 1.0]), stats
+
+    monkeypatch.setattr(trainer.algorithm, "step_loss", planted)
+    with pytest.raises(NonFiniteError, match="algorithm 'ddpo': the loss of sample 1"):
+        next(iter(trainer))
+
+
+def test_a_failing_gate_stops_before_the_first_update() -> None:
+    trainer = make()
+    kept = weights(trainer)
+    rollout = trainer._rollout
+
+    def planted(*args: Any) -> Any:
+        out = rollout(*args)
+        trainer.sampler._fixed["guidance_scale"] = 1.0
+        return out
+
+    trainer._rollout = planted  # type: ignore[method-assign]
+    with pytest.raises(ParityError):
+        next(iter(trainer))
+    assert same(kept, weights(trainer))
+
+
+def test_combinations_that_cannot_work_are_refused() -> None:
+    with pytest.raises(UserError, match="group standardises .* set train.samples_per_prompt to 2"):
+        make(algorithm={"normalize": "group"}, samples_per_prompt=1)
+    with pytest.raises(UserError, match="score_function is right for one update"):
+        make(algorithm={"variant": "score_function"})
+    policy = Policy(tiny.sd_pipeline(), LoraConfig(rank=2))
+    with pytest.raises(UserError, match=r"the sampler is deterministic \(dynamics=ode"):
+        Trainer(
+            policy=policy,
+            sampler=Sampler(policy, steps=4, dynamics="ode"),
+            algorithm=build_algorithm("ddpo"),
+            reward="jpeg_compressibility",
+            prompts=PROMPTS,
+        )
+
+
+def test_equal_rewards_change_nothing_but_weight_decay() -> None:
+    trainer = make(reward=FunctionReward("flat", lambda i, p: torch.full((len(p),), 7), False), algorithm={"weight_decay": 0})
+    kept = weights(trainer)
+    metrics = next(iter(trainer))
+    assert metrics["grad_norm"] == 0 and metrics["reward/std"] == 0
+    assert same(kept, weights(trainer))
+
+
+def test_training_raises_the_reward() -> None:
+    trainer = make(epochs=8, prompts_per_epoch=16, micro_batch=16, algorithm={"lr": 2e-2})
+    records = list(trainer)
+    gain = records[-1]["reward/mean"] - records[0]["reward/mean"]
+    assert gain > 2 * records[0]["reward/std"] / 32**0.5
+
+
+def test_lora_none_trains_the_whole_denoiser(tmp_path: Path) -> None:
+    policy = dt.Policy(tiny.sd_pipeline(), lora=None)
+    trainer = dt.Trainer(
+        policy=policy,
+        sampler=dt.Sampler(policy, steps=3),
+        algorithm=dt.build_algorithm("ddpo", lr=1e-3, normalize="batch"),
+        reward=FunctionReward("redness", redness, True),
+        prompts=PROMPTS,
+        out=tmp_path / "run",
+        epochs=1,
+        prompts_per_epoch=2,
+        samples_per_prompt=2,
+    )
+    kept = weights(trainer)
+    list(trainer)
+    assert not same(kept, weights(trainer))
+    assert (tmp_path / "run" / "adapter").is_dir() if trainer.save() else False
+
+
+def test_cutting_into_minibatches_and_micro_batches() -> None:
+    assert [list(p) for p in _split(range(7), 3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert len(_split(range(2), 5)) == 2
+    units = [[0, 1], [2, 3], [4, 5], [6]]
+    assert list(_micro_batches(units, 4)) == [[[0, 1], [2, 3]], [[4, 5], [6]]]
+    assert list(_micro_batches(units, 1)) == [[u] for u in units]
