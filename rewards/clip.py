@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from difftune.registry import nearest
 from difftune.reward import Reward, reward
 from difftune.rewards._preprocess import Preprocess, per_frame
 from difftune.types import UserError
@@ -51,15 +52,13 @@ class ClipScore(Reward):
         # Imported late: listing the rewards must not cost the seconds that transformers takes.
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-        from difftune.zoo import model_path
-
-        source = str(model_path(model)) if model.startswith("difftune/") else model
+        source = _source(model)
+        pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
         self.scale = scale
-        self.model = CLIPModel.from_pretrained(source, revision=revision, dtype=precision)
+        self.model = CLIPModel.from_pretrained(source, dtype=precision, **pinned)
         self.model.eval().requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(source, revision=revision)
-        processor = CLIPImageProcessor.from_pretrained(source, revision=revision)
-        self.preprocess = Preprocess.from_processor(processor)
+        self.tokenizer = CLIPTokenizer.from_pretrained(source, **pinned)
+        self.preprocess = Preprocess.from_processor(CLIPImageProcessor.from_pretrained(source, **pinned))
         self._texts: dict[str, Tensor] = {}
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -90,6 +89,17 @@ class ClipScore(Reward):
                     features = self.model.get_text_features(tokens.input_ids, tokens.attention_mask)
                     self._texts[prompt] = _unit(features)[0].cpu()
         return torch.stack([self._texts[prompt] for prompt in prompts])
+
+
+def _source(model: str) -> str:
+    """Return the folder of an embedded model, and any other name as it is."""
+    from difftune import zoo
+
+    if not model.startswith(zoo.PREFIX):
+        return model
+    if model not in zoo.MODELS:
+        raise UserError(f"reward 'clip_score': no embedded model {model!r}{nearest(model, list(zoo.MODELS))}")
+    return str(zoo.model_path(model))
 
 
 def _unit(features: Any) -> Tensor:
