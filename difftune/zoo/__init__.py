@@ -62,3 +62,8 @@ def model_path(name: str) -> Path:
     if name not in MODELS:
         raise KeyError(f"there is no embedded model {name!r}; expected one of {', '.join(MODELS)}.")
     return Path(__file__).parent / "weights" / name.removeprefix(PREFIX)
+
+
+def list_models() -> list[str]:
+    """The names of the embedded models."""
+    return sorted(MODELS)

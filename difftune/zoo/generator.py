@@ -34,12 +34,12 @@ from difftune.zoo.world import Scene, render_scenes, sample_caption, vocabulary
 SCENES = 30_000
 SCENE_SEED = 3
 
-SD_STEPS = 3000
+SD_STEPS = 3500
 SD_BATCH = 32
 SD_LEARNING_RATE = 1e-3
 SD_SEED = 4
 
-FLOW_STEPS = 3000
+FLOW_STEPS = 3500
 FLOW_BATCH = 32
 FLOW_LEARNING_RATE = 1e-3
 FLOW_SEED = 5
@@ -213,16 +213,17 @@ def train_tiny_flow(
         noise = torch.randn_like(x_0)
         t = torch.sigmoid(0.3 + 1.2 * torch.randn(batch))
         x_t = torch.lerp(x_0, noise, t.view(-1, 1, 1, 1))
-        prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
-            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=zero_tokens
-        )
-        velocity = transformer(
-            x_t,
-            encoder_hidden_states=prompt_embeds,
-            pooled_projections=pooled_prompt_embeds,
-            timestep=1000 * t,
-        ).sample
-        return (velocity - (noise - x_0)).pow(2).mean()
+        with half_precision():
+            prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
+                captions, None, None, do_classifier_free_guidance=False, max_sequence_length=zero_tokens
+            )
+            velocity = transformer(
+                x_t,
+                encoder_hidden_states=prompt_embeds,
+                pooled_projections=pooled_prompt_embeds,
+                timestep=1000 * t,
+            ).sample
+        return (velocity.float() - (noise - x_0)).pow(2).mean()
 
     fit(
         loss_of_step,

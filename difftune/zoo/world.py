@@ -130,13 +130,12 @@ def render(scene: Scene, rng: np.random.Generator | None = None) -> Image.Image:
         scene: What to draw.
         rng: Places the objects; None takes ``scene.seed``.
     """
-    rng = np.random.default_rng(scene.seed) if rng is None else rng
     side = SIZE * _SUPERSAMPLING
     picture = Image.new("RGB", (side, side), COLOURS[scene.background])
     draw = ImageDraw.Draw(picture)
     _draw_pattern(draw, scene.pattern, accent(scene.background))
     corners = outline(scene.shape)
-    for x, y, radius in _place(scene.count, float(np.linalg.norm(corners, axis=1).max()), rng):
+    for x, y, radius in layout(scene, rng):
         points = (np.array([x, y]) + radius * corners) * _SUPERSAMPLING
         draw.polygon([(float(px), float(py)) for px, py in points], fill=COLOURS[scene.colour])
     return picture.reduce(_SUPERSAMPLING)
@@ -157,20 +156,27 @@ def _draw_pattern(draw: ImageDraw.ImageDraw, pattern: str, fill: tuple[int, int,
                 draw.rectangle([x, y, x + cell - 1, y + cell - 1], fill=fill)
 
 
-def _place(count: int, reach: float, rng: np.random.Generator) -> np.ndarray:
-    """Centres and radii (count, 3), in pixels, of objects that neither touch nor enter the margin.
+def layout(scene: Scene, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Places the objects so that they neither touch nor enter the margin.
 
-    `reach` is the distance of the shape's outermost corner at radius 1.
+    Args:
+        scene: What is drawn.
+        rng: Places the objects; None takes ``scene.seed``.
+
+    Returns:
+        One row (x, y, radius) for each object, in pixels.
     """
-    low, high = _RADII[count]
-    radii = rng.uniform(low, high) * rng.uniform(0.92, 1.0, size=count)
+    rng = np.random.default_rng(scene.seed) if rng is None else rng
+    reach = float(np.linalg.norm(outline(scene.shape), axis=1).max())
+    low, high = _RADII[scene.count]
+    radii = rng.uniform(low, high) * rng.uniform(0.92, 1.0, size=scene.count)
     while True:
         reaches = radii * reach
         start, stop = MARGIN + reaches, SIZE - MARGIN - reaches
-        layouts = start[:, None] + rng.random((64, count, 2)) * (stop - start)[:, None]
+        layouts = start[:, None] + rng.random((64, scene.count, 2)) * (stop - start)[:, None]
         distances = np.linalg.norm(layouts[:, :, None] - layouts[:, None], axis=-1)
         needed = reaches[:, None] + reaches[None] + GAP
-        apart = (distances >= needed) | np.eye(count, dtype=bool)
+        apart = (distances >= needed) | np.eye(scene.count, dtype=bool)
         valid = np.flatnonzero(apart.all(axis=(1, 2)))
         if valid.size:
             return np.concatenate([layouts[valid[0]], radii[:, None]], axis=1)
