@@ -247,7 +247,8 @@ def test_gradient_of_a_replay_is_the_derivative(kind: str) -> None:
     sampler.replay(traj, lambda view: view.log_prob.sum().backward(), steps=[1])
     grads = gradients(sampler.policy)
     params = sampler.policy.named_parameters()
-    direction = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).double() for n, p in params.items()}
+    generator = torch.Generator().manual_seed(1)
+    direction = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in params.items()}
     expected = sum(float((grads[n] * direction[n]).sum()) for n in grads)
     values = []
     for sign in (1, -1):

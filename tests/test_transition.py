@@ -203,7 +203,7 @@ def drive(scheduler: Any, steps: int, extra: dict[str, Any] | None = None) -> li
     return out
 
 
-VP = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+VP = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 NOISE = [torch.randn(2, 4, 8, 8) for _ in range(20)]
 
 
