@@ -252,7 +252,8 @@ def test_grids_are_written(tmp_path):
     from PIL import Image
 
     quality.save_grid(np.zeros((3, 3, SIZE, SIZE), dtype=np.float32), tmp_path / "grid.png", columns=2, zoom=1)
-    assert Image.open(tmp_path / "grid.png").size == (2 * SIZE, 2 * SIZE)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (2 * SIZE, 2 * SIZE)
 
 
 @pytest.mark.slow

@@ -36,6 +36,8 @@ BATCH = 64
 SCENES = 30_000
 LEARNING_RATE = 1e-3
 SEED = 2
+WIDTH = 128
+PROJECTION = 64
 PATCH = 8
 """Side of a patch of the image encoder, in pixels."""
 
@@ -53,14 +55,14 @@ def new_clip() -> CLIPModel:
     vision = CLIPVisionConfig(
         image_size=SIZE,
         patch_size=PATCH,
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
         num_hidden_layers=4,
         num_attention_heads=4,
-        projection_dim=64,
+        projection_dim=PROJECTION,
     )
-    text = text_config(width=128, layers=2)
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
+    text = text_config(WIDTH, layers=2, projection=PROJECTION)
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=PROJECTION))
 
 
 def new_processor() -> CLIPProcessor:
@@ -146,7 +148,7 @@ def train_clip(steps: int = STEPS) -> tuple[CLIPModel, CLIPProcessor]:
     """Trains tiny-clip; half of the captions of a batch are full, half are sampled as for the generators."""
     torch.manual_seed(SEED)
     model, processor = new_clip(), new_processor()
-    readouts = Readouts(model.config.projection_dim, model.config.vision_config.hidden_size)
+    readouts = Readouts(PROJECTION, WIDTH)
     scenes, pictures = render_scenes(min(SCENES, BATCH * steps), SEED)
     clause_labels, patch_labels = label_clauses(scenes), label_patches(scenes)
     rng = np.random.default_rng(SEED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTokenizer
@@ -19,7 +20,7 @@ _END = "</w>"
 def new_tokenizer() -> CLIPTokenizer:
     """The tokenizer of all three models; other text is cut into bytes and truncated, never unknown."""
     alphabet = sorted(ByteLevel.alphabet())
-    merges = _learn_merges(vocabulary())
+    merges: Any = _learn_merges(vocabulary())
     tokens = [*alphabet, *(letter + _END for letter in alphabet), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(

@@ -22,8 +22,12 @@ class _FloatAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             with torch.autocast("cpu", enabled=False):
-                return func(*(a.float() if isinstance(a, Tensor) else a for a in args), **(kwargs or {}))
+                return func(*[_to_float(value) for value in args], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _to_float(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 @contextmanager
