@@ -97,8 +97,12 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], keep: int =
         for name in (*files, "manifest.json"):
             _flush(staging / name)
         _flush(staging)
-        if target.exists():
-            # The same step again (a resumed run): the old one goes aside first, since rename cannot replace a folder.
+        if _same(staging, target):
+            # An interrupted run saves the epoch it began with, which is there already: leave it alone.
+            shutil.rmtree(staging)
+        elif target.exists():
+            # A damaged or superseded one of the same step goes aside, since rename cannot replace a folder. Killed
+            # between the two renames, the run resumes from the checkpoint before.
             aside = root / f"{_STAGING}old-{target.name}-{os.getpid()}"
             os.replace(target, aside)
             os.replace(staging, target)
@@ -111,6 +115,15 @@ def save_checkpoint(root: Path, step: int, state: Mapping[str, Any], keep: int =
         raise
     _prune(root, keep)
     return target
+
+
+def _same(staging: Path, target: Path) -> bool:
+    """Whether ``target`` is a whole checkpoint with exactly the content of ``staging``."""
+    try:
+        load_checkpoint(target)
+        return (target / "manifest.json").read_bytes() == (staging / "manifest.json").read_bytes()
+    except (CheckpointError, OSError):
+        return False
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -164,7 +164,10 @@ class Trainer:
             trajectory = self._rollout([texts[i] for i in mine], [keys[i] for i in mine])
             scores = self._score(trajectory, [texts[i] for i in mine], [metadata[i] for i in mine])
             if self.parity is None:
+                before = self.sampler.denoiser_calls
                 self.parity = self._gate(trajectory)
+                # Every process passes the gate once, resumed or not: its calls are not the epoch's.
+                calls += self.sampler.denoiser_calls - before
             prepared = self.algorithm.prepare(texts, scores)
         values = self._update(epoch, texts, metadata, keys, mine, trajectory, prepared)
         self.epoch = epoch

@@ -6,6 +6,9 @@ import errno
 import os
 import random
 import shutil
+import signal
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,9 @@ def test_newest_first_and_pruned_after_the_commit(tmp_path: Path) -> None:
 
 def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, STATE)
+    inode = (tmp_path / "step_000001").stat().st_ino
+    save_checkpoint(tmp_path, 1, STATE)
+    assert (tmp_path / "step_000001").stat().st_ino == inode  # equal content is left where it is
     save_checkpoint(tmp_path, 1, {**STATE, "epoch": 9})
     assert load_latest(tmp_path)[0]["epoch"] == 9  # type: ignore[index]
     assert len(list(tmp_path.iterdir())) == 1
@@ -153,3 +159,49 @@ def test_random_generators_go_on_where_they_stopped(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected[0])
     assert np.array_equal(np.random.standard_normal(3), expected[1])
     assert random.random() == expected[2]
+
+
+def _save_forever(root: Path, first: int, report: int) -> None:
+    """In a forked child: save checkpoint after checkpoint, reporting each once it is committed, until killed."""
+    step = first
+    while True:
+        state = {"epoch": step, "weights": torch.full((40_000,), float(step))}
+        save_checkpoint(root, step, state, keep=2)
+        os.write(report, step.to_bytes(8, "little"))
+        step += 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment_nothing_committed_is_lost(tmp_path: Path) -> None:
+    """SIGKILL at random times, during recovery too: the newest committed checkpoint is there, whole, and used."""
+    rng = random.Random(0)
+    committed, inside, rounds = 0, 0, 60
+    for _ in range(rounds):
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                found = load_latest(tmp_path)  # what a resumed run does first
+                _save_forever(tmp_path, 1 if found is None else found[0]["epoch"] + 1, write)
+            finally:
+                os._exit(1)
+        os.close(write)
+        # From the first commit on, so that start-up does not take all of the kills.
+        committed = max(committed, int.from_bytes(os.read(read, 8), "little"))
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        while data := os.read(read, 8):
+            committed = max(committed, int.from_bytes(data, "little"))
+        os.close(read)
+        inside += any(p.name.startswith(".staging") for p in tmp_path.iterdir())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = load_latest(tmp_path)
+        assert found is not None
+        state, _ = found
+        # The child may have committed one more than it could report.
+        assert state["epoch"] in (committed, committed + 1)
+        assert torch.equal(state["weights"], torch.full((40_000,), float(state["epoch"])))
+        committed = state["epoch"]
+    assert inside >= 0.3 * rounds, f"only {inside} of {rounds} kills fell inside a save"

@@ -71,9 +71,9 @@ def test_a_run_yields_metrics_and_leaves_its_folder(tmp_path: Path, kind: str) -
     assert {"reward/mean", "reward/std", "ratio", "clip_fraction", "log_prob", "grad_norm"} <= first.values.keys()
     assert {"rollout", "score", "update", "gate"} <= first.seconds.keys()
     assert trainer.parity is not None and trainer.parity["max_ratio_error"] == 0
-    # 8 samples in one pipeline call of 4 steps; the gate replays the noisy ones; two updates of one micro-batch each.
+    # 8 samples in one pipeline call of 4 steps; two updates of one micro-batch each replay the noisy ones.
     noisy = 4 if kind == "sd" else 3
-    assert first["denoiser_calls"] == 4 + noisy + 2 * noisy
+    assert first["denoiser_calls"] == 4 + 2 * noisy
     assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == [
         "epoch_0000.png", "epoch_0002.png", "epoch_0003.png",
     ]  # fmt: skip
@@ -267,13 +267,6 @@ def test_equal_rewards_change_nothing_but_weight_decay() -> None:
     metrics = next(iter(trainer))
     assert metrics["grad_norm"] == 0 and metrics["reward/std"] == 0
     assert same(kept, weights(trainer))
-
-
-def test_training_raises_the_reward() -> None:
-    trainer = make(epochs=8, prompts_per_epoch=16, micro_batch=16, algorithm={"lr": 2e-2})
-    records = list(trainer)
-    gain = records[-1]["reward/mean"] - records[0]["reward/mean"]
-    assert gain > 2 * records[0]["reward/std"] / 32**0.5
 
 
 def test_lora_none_trains_the_whole_denoiser(tmp_path: Path) -> None:
