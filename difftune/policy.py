@@ -99,6 +99,20 @@ def load_pipeline(
     Raises:
         UserError: the model does not exist or is not a pipeline.
     """
+    with _quiet():
+        pipe = _load(model, dtype, revision, variant, scheduler)
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    return pipe if device is None else pipe.to(device)
+
+
+def _load(
+    model: str | Path | Any,
+    dtype: str | torch.dtype,
+    revision: str | None,
+    variant: str | None,
+    scheduler: str | None,
+) -> Any:
     import diffusers
 
     if not isinstance(model, (str, Path)):
@@ -118,9 +132,11 @@ def load_pipeline(
                     f"model: got {name!r}, which is not a folder; expected a folder in diffusers' layout, a hub id "
                     f"(owner/name), or one of {', '.join(MODELS)}"
                 )
+        # diffusers renamed the argument and warns of the old name.
+        dtype_name = "dtype" if _version(diffusers.__version__) >= (0, 42) else "torch_dtype"
         try:
             pipe = diffusers.DiffusionPipeline.from_pretrained(
-                source, torch_dtype=torch_dtype, revision=revision, variant=variant
+                source, **{dtype_name: torch_dtype}, revision=revision, variant=variant
             )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -135,9 +151,34 @@ def load_pipeline(
         if cls is None:
             raise UserError(f"model.scheduler: diffusers has no {scheduler!r}, expected e.g. DDIMScheduler")
         pipe.scheduler = cls.from_config(pipe.scheduler.config)
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(disable=True)
-    return pipe if device is None else pipe.to(device)
+    return pipe
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the loaders' progress bars (one per component), and that torchvision is missing, off the terminal."""
+    import transformers.utils.logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    # Image processors fall back to PIL by themselves; nothing is lost that the user should hear of.
+    transformers_logging.set_verbosity_error()
+    import diffusers.utils.logging as diffusers_logging
+
+    both = (diffusers_logging, transformers_logging)
+    shown = [module.is_progress_bar_enabled() for module in both]
+    for module in both:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        for module, was in zip(both, shown, strict=True):
+            if was:
+                module.enable_progress_bar()
 
 
 def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
