@@ -157,9 +157,9 @@ def test_parameters_are_frozen_and_in_eval_mode(scorer: Reward) -> None:
 def test_a_still_counts_like_a_video_of_itself(scorer: Reward) -> None:
     if not scorer.video:
         pytest.skip("takes stills only")
-    still, other = pictures(seed=1), pictures(seed=2)
-    film = scorer(torch.stack([still, still, other], dim=1), PROMPTS).total
-    expected = (2 * scorer(still, PROMPTS).total + scorer(other, PROMPTS).total) / 3
+    (still, captions), other = scenes(), pictures()
+    film = scorer(torch.stack([still, still, other], dim=1), captions).total
+    expected = (2 * scorer(still, captions).total + scorer(other, captions).total) / 3
     torch.testing.assert_close(film, expected, atol=1e-5, rtol=0)
 
 
