@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER: list[list[str]] = [
     ["bench", "zoo.build", "__main__"],  # commands of their own, run with python -m
     ["cli"],
+    ["doctor"],  # looks at a configuration before a run
     ["config"],
     ["trainer"],
     ["algorithms", "rewards"],  # plug-ins: see PLUGINS
