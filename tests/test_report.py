@@ -285,7 +285,8 @@ def test_large_pictures_keep_their_size_and_values_are_rounded(tmp_path: Path) -
 def test_captions_fit_below_their_picture(tmp_path: Path) -> None:
     captions = ["two stars", "", "word " * 500, "x" * 100_000, "a\nb\x1b[31m\x00", "日本語 🦊"]
     images = torch.zeros(6, 3, 64, 64)
-    plain = Image.open(sample_grid(images, 3, path=tmp_path / "a.png"))
+    with Image.open(sample_grid(images, 3, path=tmp_path / "a.png")) as plain:
+        plain.load()
     titled = Image.open(sample_grid(images, 3, path=tmp_path / "b.png", captions=captions))
     assert titled.width == plain.width and titled.height == plain.height + 2 * 36
     # Nothing is written between the columns.
