@@ -38,12 +38,17 @@ class Tap:
         self.calls = 0
 
     @contextlib.contextmanager
-    def open(self, decide: Callable[[], Action], checkpointing: bool = False) -> Iterator[Tap]:
-        """Tap the modules for the time of the block; ``decide()`` is asked before each forward pass."""
+    def open(
+        self,
+        decide: Callable[[], Action],
+        checkpointing: bool = False,
+        around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> Iterator[Tap]:
+        """Tap the modules for the time of the block; ``decide()`` is asked before each pass, which runs in ``around()``."""
         originals: list[tuple[nn.Module, bool, Any]] = []
         for name, module in self._modules.items():
             originals.append((module, "forward" in vars(module), module.forward))
-            module.forward = self._tapped(name, module.forward, decide, checkpointing)
+            module.forward = self._tapped(name, module.forward, decide, checkpointing, around)
         try:
             yield self
         finally:
@@ -54,7 +59,12 @@ class Tap:
                     del module.forward
 
     def _tapped(
-        self, name: str, forward: Callable[..., Any], decide: Callable[[], Action], checkpointing: bool
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        decide: Callable[[], Action],
+        checkpointing: bool,
+        around: Callable[[], contextlib.AbstractContextManager[Any]],
     ) -> Callable[..., Any]:
         def tapped(*args: Any, **kwargs: Any) -> Any:
             if torch.is_inference_mode_enabled():
@@ -68,12 +78,13 @@ class Tap:
             self.calls += 1
             if action == "grad":
                 torch.set_grad_enabled(True)
-                if checkpointing:
-                    out = checkpoint(forward, *args, use_reentrant=False, **kwargs)
-                else:
-                    out = forward(*args, **kwargs)
+                with around():
+                    if checkpointing:
+                        out = checkpoint(forward, *args, use_reentrant=False, **kwargs)
+                    else:
+                        out = forward(*args, **kwargs)
             else:
-                with torch.no_grad():
+                with around(), torch.no_grad():
                     out = forward(*args, **kwargs)
             if key not in self._shapes:
                 self._shapes[key] = (0 if sample is None else len(sample), _shapes_of(out))

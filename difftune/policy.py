@@ -23,12 +23,19 @@ from difftune.zoo import MODELS, model_path
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 #: Components that a diffusers pipeline's loop calls to denoise, by name, in the order they are looked for.
-_DENOISERS = ("unet", "transformer", "transformer_2", "prior", "dit", "denoiser")
+_DENOISERS = ("unet", "transformer", "transformer_2", "dit", "denoiser")
+
+#: Names that mean the denoiser only where there is none of the above (elsewhere a VAE's half or an earlier stage).
+_DENOISERS_ELSE = ("decoder", "prior")
 
 #: Components that never are the denoiser of a pipeline that does not use the names above.
 _NOT_DENOISERS = (
     "vae",
     "vqvae",
+    "vqgan",
+    "movq",
+    "latent_upsampler",
+    "adapter",
     "text_encoder",
     "image_encoder",
     "safety_checker",
@@ -194,6 +201,9 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
     known = {name: modules[name] for name in _DENOISERS if name in modules}
     if known:
         return known
+    for name in _DENOISERS_ELSE:
+        if name in modules:
+            return {name: modules[name]}
     others = {name: m for name, m in modules.items() if not name.startswith(_NOT_DENOISERS)}
     if len(others) == 1:
         return others

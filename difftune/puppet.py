@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,7 +50,8 @@ class Prediction:
         output: ``(B, *latent)`` the guided model output itself, fp32, with its graph.
         now: level of ``sample``.
         nxt: level the step lands on.
-        last: whether the step is the loop's last.
+        position: where in ``scheduler.timesteps`` the step starts (image-to-image loops begin in the middle).
+        last: whether the step is the last of its loop.
         below_one: the grid's second time, which stands in for t = 1 where 1 - t divides (flow models).
         family: ``flow``, ``diffusion`` or ``lcm``.
         dynamics: name of the dynamics.
@@ -64,6 +66,7 @@ class Prediction:
     output: Tensor
     now: Level
     nxt: Level
+    position: int
     last: bool
     below_one: float
     family: str
@@ -93,20 +96,34 @@ _UNSUPPORTED = {
     "KDPM2AncestralDiscreteScheduler": "EulerAncestralDiscreteScheduler",
     "DPMSolverSDEScheduler": "EulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler": "FlowMatchEulerDiscreteScheduler",
-    "DDPMWuerstchenScheduler": "",
-    "SCMScheduler": "",
-    "CMStochasticIterativeScheduler": "LCMScheduler",
-    "AmusedScheduler": "",
-    "VQDiffusionScheduler": "",
+    "KarrasVeScheduler": "",
     "ScoreSdeVeScheduler": "",
     "RePaintScheduler": "DDIMScheduler",
+    # Several stages of growing latents, renoised between them.
+    "HeliosScheduler": "",
+    "HeliosDMDScheduler": "",
+    # The model's output is itself a policy over many inner steps.
+    "PiflowScheduler": "",
+    # Coordinates, tokens or words, not a Gaussian latent.
+    "RFD4ProteinaScheduler": "",
+    "AmusedScheduler": "",
+    "VQDiffusionScheduler": "",
+    "DiscreteDDIMScheduler": "",
+    "BlockRefinementScheduler": "",
+    "EntropyBoundScheduler": "",
 }
+
+#: Schedulers whose model predicts the velocity towards the data, x0 - noise: the sign is turned.
+_DATAWARD = ("MiniMaxH3Scheduler",)
 
 
 class _Grid:
     """Noise levels of a native scheduler: where a step starts, where it lands, how the model's output reads."""
 
     family = "diffusion"
+
+    #: Entries at the end of ``timesteps`` that name where the last step lands and are not stepped from.
+    terminal = 0
 
     def levels(self, scheduler: Any, timestep: float, position: int) -> tuple[Level, Level]:
         """Return the levels a step at ``position`` of ``scheduler.timesteps`` starts from and lands on."""
@@ -126,6 +143,14 @@ class _Grid:
         kind: PredictionType = scheduler.config.get("prediction_type", "epsilon")
         x0, noise = tr.split_prediction(output, x, level, kind)
         return _clipped(scheduler, x0, noise, x, level)
+
+    def oriented(self, scheduler: Any, output: Tensor) -> Tensor:
+        """Return the model's output in this module's conventions (flow velocities point at the noise)."""
+        return output
+
+    def denoised(self, scheduler: Any, x0: Tensor, x: Tensor, output: Tensor, level: Level, timestep: Any) -> Tensor:
+        """Return what a consistency model takes for x0."""
+        return x0
 
 
 def _clipped(scheduler: Any, x0: Tensor, noise: Tensor, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
@@ -162,7 +187,7 @@ class _Table(_Grid):
         return Level.vp(self._alpha_bar(scheduler, t)), Level.vp(self._alpha_bar(scheduler, following))
 
     def _following(self, scheduler: Any, timestep: int, position: int) -> int:
-        if "DDIM" in type(scheduler).__name__:
+        if "DDIM" in type(scheduler).__name__ or "CogVideoX" in type(scheduler).__name__:
             # DDIM's own rule, also where its "linspace" timesteps are spaced differently.
             return timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
         if hasattr(scheduler, "previous_timestep"):
@@ -186,6 +211,52 @@ class _Consistency(_Table):
         following = t if last else int(scheduler.timesteps[position + 1])
         return Level.vp(self._alpha_bar(scheduler, t)), Level.vp(self._alpha_bar(scheduler, following))
 
+    def denoised(self, scheduler: Any, x0: Tensor, x: Tensor, output: Tensor, level: Level, timestep: Any) -> Tensor:
+        skip, scale = scheduler.get_scalings_for_boundary_condition_discrete(timestep)
+        return float(scale) * x0 + float(skip) * x
+
+
+class _Wuerstchen(_Grid):
+    """Wuerstchen and Stable Cascade: times run from 1 to 0 and the last entry is where the last step lands."""
+
+    terminal = 1
+
+    def levels(self, scheduler: Any, timestep: float, position: int) -> tuple[Level, Level]:
+        times = scheduler.timesteps
+        following = float(times[position + 1]) if position + 1 < len(times) else 0.0
+        now = self.level_at(scheduler, timestep)
+        return now, Level.vp(1.0) if following <= 0 else self.level_at(scheduler, following)
+
+    def timestep_at(self, scheduler: Any, u: float) -> float:
+        return u
+
+    def level_at(self, scheduler: Any, timestep: float) -> Level:
+        device = scheduler.timesteps.device
+        return Level.vp(float(scheduler._alpha_cumprod(torch.tensor(timestep, dtype=torch.float64), device)))
+
+
+class _Trig(_Grid):
+    """TrigFlow consistency models (sCM, Sana-Sprint): x = cos(t) x0 + sin(t) sigma_data noise."""
+
+    family = "lcm"
+    terminal = 1
+
+    def levels(self, scheduler: Any, timestep: float, position: int) -> tuple[Level, Level]:
+        times = scheduler.timesteps
+        following = float(times[position + 1]) if position + 1 < len(times) else 0.0
+        return self.level_at(scheduler, timestep), self.level_at(scheduler, following)
+
+    def timestep_at(self, scheduler: Any, u: float) -> float:
+        return u * math.pi / 2
+
+    def level_at(self, scheduler: Any, timestep: float) -> Level:
+        return Level(math.cos(timestep), math.sin(timestep) * scheduler.config.sigma_data)
+
+    def split(self, scheduler: Any, output: Tensor, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        sine = level.sigma / scheduler.config.sigma_data
+        x0 = level.alpha * x - sine * output
+        return x0, (x - level.alpha * x0) / level.sigma
+
 
 class _Sigmas(_Grid):
     """Schedulers with a ``sigmas`` table aligned to ``timesteps`` (one entry more: where the last step lands)."""
@@ -203,6 +274,8 @@ class _Sigmas(_Grid):
         return self.to_level(scheduler, sigmas[position]), self.to_level(scheduler, nxt)
 
     def _train_sigma(self, scheduler: Any, timestep: float) -> float:
+        if scheduler.config.get("timestep_type") == "continuous":
+            return math.exp(4 * timestep)
         bars = scheduler.alphas_cumprod.double()
         low = min(max(int(math.floor(timestep)), 0), len(bars) - 1)
         high = min(low + 1, len(bars) - 1)
@@ -211,7 +284,7 @@ class _Sigmas(_Grid):
         return float((1 - weight) * sigma[low] + weight * sigma[high])
 
     def level_at(self, scheduler: Any, timestep: float) -> Level:
-        return self.to_level(scheduler, self._train_sigma(scheduler, timestep))
+        return self.to_level(scheduler, self.sigma_of(scheduler, timestep))
 
     def sigma_of(self, scheduler: Any, timestep: float) -> float:
         """Return the table entry of a training timestep."""
@@ -219,24 +292,39 @@ class _Sigmas(_Grid):
 
 
 class _Flow(_Sigmas):
-    """Straight-path flow models: sigma is the time t in [0, 1], the output is the velocity noise - x0."""
+    """Straight-path flow models: sigma is the time t in [0, 1], the output is the velocity noise - x0.
+
+    With ``invert_sigmas`` (Mochi, OmniGen) the table counts up from 0 at pure noise, and the velocity points at the
+    data.
+    """
 
     family = "flow"
 
     def to_level(self, scheduler: Any, sigma: float) -> Level:
-        return Level.flow(sigma)
+        return Level.flow(1 - sigma if scheduler.config.get("invert_sigmas", False) else sigma)
 
     def timestep_at(self, scheduler: Any, u: float) -> float:
-        return u * scheduler.config.num_train_timesteps
+        return self._scale(scheduler) * (1 - u if scheduler.config.get("invert_sigmas", False) else u)
 
     def sigma_of(self, scheduler: Any, timestep: float) -> float:
-        return timestep / scheduler.config.num_train_timesteps
+        return timestep / self._scale(scheduler)
 
-    def level_at(self, scheduler: Any, timestep: float) -> Level:
-        return Level.flow(self.sigma_of(scheduler, timestep))
+    @staticmethod
+    def _scale(scheduler: Any) -> float:
+        return scheduler.config.get("num_train_timesteps", 1000)
+
+    def oriented(self, scheduler: Any, output: Tensor) -> Tensor:
+        dataward = type(scheduler).__name__ in _DATAWARD or scheduler.config.get("invert_sigmas", False)
+        return -output if dataward else output
 
     def split(self, scheduler: Any, output: Tensor, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         return tr.split_prediction(output, x, level, "flow")
+
+
+class _FlowConsistency(_Flow):
+    """Few-step flow models (FlowMatchLCM): each step predicts x0 and renoises it."""
+
+    family = "lcm"
 
 
 class _PreservingSigmas(_Sigmas):
@@ -262,11 +350,60 @@ class _ExplodingSigmas(_Sigmas):
         return tr.split_prediction(output, x, level, "sample" if kind == "original_sample" else kind)
 
 
+class _ExplodingFlow(_ExplodingSigmas):
+    """Flow-matching Euler on EDM's noise levels (Cosmos 2): the velocity dx/dsigma is the noise."""
+
+    def sigma_of(self, scheduler: Any, timestep: float) -> float:
+        return timestep / scheduler.config.num_train_timesteps
+
+    def timestep_at(self, scheduler: Any, u: float) -> float:
+        low, high = scheduler.config.sigma_min, scheduler.config.sigma_max
+        return float(low ** (1 - u) * high**u) * scheduler.config.num_train_timesteps
+
+    def split(self, scheduler: Any, output: Tensor, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        return tr.split_prediction(output, x, level, "epsilon")
+
+
 class _Edm(_ExplodingSigmas):
     """EDM preconditioning (Karras et al. 2022): the scheduler itself turns the output into x0."""
 
+    def sigma_of(self, scheduler: Any, timestep: float) -> float:
+        # The inverse of the scheduler's own precondition_noise.
+        if "Cosine" in type(scheduler).__name__:
+            return math.tan(timestep * math.pi / 2)
+        return math.exp(4 * timestep)
+
+    def timestep_at(self, scheduler: Any, u: float) -> float:
+        low, high = scheduler.config.sigma_min, scheduler.config.sigma_max
+        return float(scheduler.precondition_noise(torch.tensor(low ** (1 - u) * high**u, dtype=torch.float64)))
+
     def split(self, scheduler: Any, output: Tensor, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         x0 = scheduler.precondition_outputs(x, output, torch.as_tensor(level.sigma, dtype=x.dtype, device=x.device))
+        return x0, (x - x0) / level.sigma
+
+
+class _SigmaConsistency(_ExplodingSigmas):
+    """Consistency models (Song et al. 2023) on EDM's levels: x0 is renoised up to the next level, less sigma_min."""
+
+    family = "lcm"
+
+    def levels(self, scheduler: Any, timestep: float, position: int) -> tuple[Level, Level]:
+        now, nxt = super().levels(scheduler, timestep, position)
+        low = scheduler.config.sigma_min
+        return now, Level(1.0, math.sqrt(max(nxt.sigma**2 - low**2, 0.0)))
+
+    def sigma_of(self, scheduler: Any, timestep: float) -> float:
+        return math.exp(timestep / 250) - 1e-44
+
+    def timestep_at(self, scheduler: Any, u: float) -> float:
+        low, high = scheduler.config.sigma_min, scheduler.config.sigma_max
+        return 250 * math.log(low ** (1 - u) * high**u + 1e-44)
+
+    def split(self, scheduler: Any, output: Tensor, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        skip, scale = scheduler.get_scalings_for_boundary_condition(torch.tensor(level.sigma, dtype=torch.float64))
+        x0 = float(scale) * output + float(skip) * x
+        if scheduler.config.get("clip_denoised", False):
+            x0 = x0.clamp(-1, 1)
         return x0, (x - x0) / level.sigma
 
 
@@ -283,9 +420,18 @@ def grid_of(scheduler: Any) -> _Grid:
         raise UserError(f"scheduler {name}: its steps are not single Gaussian transitions; {remedy}")
     if hasattr(scheduler, "precondition_outputs"):
         return _Edm()
-    if name == "LCMScheduler":
-        return _Consistency()
+    special = {
+        "LCMScheduler": _Consistency,
+        "SCMScheduler": _Trig,
+        "DDPMWuerstchenScheduler": _Wuerstchen,
+        "CMStochasticIterativeScheduler": _SigmaConsistency,
+        "FlowMatchLCMScheduler": _FlowConsistency,
+    }
+    if name in special:
+        return special[name]()
     config = scheduler.config
+    if name.startswith("FlowMatch") and (config.get("sigma_max") or 0) > 1:
+        return _ExplodingFlow()
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas", False) or (
         config.get("prediction_type", "") == "flow_prediction"
     ):
@@ -296,6 +442,9 @@ def grid_of(scheduler: Any) -> _Grid:
         return _ExplodingSigmas()
     if hasattr(scheduler, "alphas_cumprod"):
         return _Table()
+    if hasattr(scheduler, "sigmas") and hasattr(scheduler, "set_timesteps"):
+        # A table of sigmas without a noise schedule beside it: a flow scheduler under a name of its own.
+        return _Flow()
     raise UserError(
         f"scheduler {name} has neither alphas_cumprod nor a known table of sigmas; "
         "expected a diffusion or flow-matching scheduler of diffusers"
@@ -312,6 +461,14 @@ class PuppetState:
         self.driver: Driver | None = None
         self.index = 0
         self.position: int | None = None
+        self.batch: int | None = None
+        self.fold: str | None = None
+        self.entered = False
+
+    def begin(self, driver: Driver | None, batch: int | None = None) -> None:
+        """Start a call of the pipeline with ``batch`` samples, or end it (``driver=None``)."""
+        self.driver, self.batch = driver, batch
+        self.index, self.position, self.fold, self.entered = 0, None, None, False
 
 
 def resolve_dynamics(dynamics: str, grid: _Grid) -> str:
@@ -351,6 +508,8 @@ def make_puppet(native: Any, dynamics: str = "auto", eta: float = 1.0) -> Any:
 
 @functools.cache
 def _puppet_class(native: type) -> type:
+    signature = inspect.signature(native.step)  # type: ignore[attr-defined]
+
     @functools.wraps(native.set_timesteps)  # type: ignore[attr-defined]
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = native.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
@@ -359,19 +518,31 @@ def _puppet_class(native: type) -> type:
 
     # functools.wraps keeps the native signatures: pipelines look for eta, generator, sigmas and mu in them.
     @functools.wraps(native.step)  # type: ignore[attr-defined]
-    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        prediction = _predict(self, model_output, timestep, sample)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # By name: CogVideoX's DPM solver puts other arguments between the output and the sample.
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
         state: PuppetState = self._difftune
-        assert state.driver is not None, "a puppet steps only inside a sampler's call"
-        following = state.driver.step(prediction)
+        if state.driver is None:
+            raise RuntimeError("a puppet steps only inside a sampler's call")
+        state.entered = True
+        prediction = _predict(self, given)
+        following = _unfold(state, state.driver.step(prediction))
         _advance(self)
-        x0 = prediction.x0.to(sample.dtype)
-        if kwargs.get("return_dict", True) is False or (args and args[-1] is False):
+        x0 = _unfold(state, prediction.x0.to(following.dtype))
+        if not given.get("return_dict", True):
             return following, x0
         return StepOutput(prev_sample=following, pred_original_sample=x0, denoised=x0)
 
-    namespace = {"step": step, "set_timesteps": set_timesteps, "__module__": native.__module__}
-    return type(native.__name__, (native,), namespace)
+    def deepcopied(self: Any, memo: dict[int, Any]) -> Any:
+        raise UserError(
+            f"the pipeline steps copies of its {native.__name__}, so its loop has several chains of steps; difftune "
+            "trains pipelines with one"
+        )
+
+    namespace = {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": deepcopied}
+    return type(native.__name__, (native,), {**namespace, "__module__": native.__module__})
 
 
 @dataclass
@@ -385,7 +556,8 @@ class StepOutput:
 
 def _reset(scheduler: Any) -> None:
     state: PuppetState = scheduler._difftune
-    state.index, state.position = 0, None
+    # The index counts on: a pipeline with several loops (one per section, one per free-init round) is one list of steps.
+    state.position = None
     scheduler.__dict__.pop("_difftune_sigmas", None)
     if type(scheduler).__name__ == "PNDMScheduler":
         # Its multistep warm-up repeats timesteps; single steps visit each once.
@@ -416,8 +588,32 @@ def _advance(scheduler: Any) -> None:
         scheduler._step_index = state.position
 
 
-def _predict(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Prediction:
+def _fold(state: PuppetState, sample: Tensor) -> Tensor:
+    """Return ``sample`` with one row per sample of the batch.
+
+    Some video pipelines step frames as rows, ``(B * F, ...)``: they become ``(B, F, ...)``. DiT steps the guided batch
+    twice over, ``(2 B, ...)`` with equal halves: the first half stands for both.
+    """
+    rows, batch = len(sample), state.batch
+    if batch is None or rows == batch:
+        return sample
+    if state.fold is None:
+        twice = rows == 2 * batch and torch.equal(sample[:batch], sample[batch:])
+        state.fold = "twice" if twice else "rows"
+    if rows % batch:
+        raise UserError(f"the pipeline steps {rows} samples for {batch} prompts, expected as many or a multiple")
+    return sample[:batch] if state.fold == "twice" else sample.unflatten(0, (batch, rows // batch))
+
+
+def _unfold(state: PuppetState, sample: Tensor) -> Tensor:
+    if state.fold is None:
+        return sample
+    return torch.cat([sample, sample]) if state.fold == "twice" else sample.flatten(0, 1)
+
+
+def _predict(scheduler: Any, given: Mapping[str, Any]) -> Prediction:
     state: PuppetState = scheduler._difftune
+    output, timestep, sample = given["model_output"], given["timestep"], given["sample"]
     if isinstance(timestep, Tensor) and timestep.ndim:
         timestep = timestep.flatten()[0]
     position = _position(scheduler, timestep)
@@ -425,11 +621,15 @@ def _predict(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> P
     if output.shape[1] == 2 * sample.shape[1] and output.shape[2:] == sample.shape[2:]:
         # Learned-variance models predict the noise and, in the second half, a variance we do not use.
         output = output[:, : sample.shape[1]]
-    x, out = tr.working(sample), tr.working(output)
+    if given.get("per_token_timesteps") is not None:
+        # With a time per token the native step subtracts what it otherwise adds; tokens at another time are
+        # conditions, which the pipeline puts back afterwards.
+        output = -output
+    sample, output = _fold(state, sample), _fold(state, output)
+    x, out = tr.working(sample), state.grid.oriented(scheduler, tr.working(output))
     x0, noise = state.grid.split(scheduler, out, x, now)
     if state.dynamics == "lcm":
-        skip, scale = scheduler.get_scalings_for_boundary_condition_discrete(timestep)
-        x0 = float(scale) * x0 + float(skip) * x
+        x0 = state.grid.denoised(scheduler, x0, x, out, now, timestep)
     below = state.grid.levels(scheduler, float(scheduler.timesteps[0]), 0)[1] if state.grid.family == "flow" else nxt
     return Prediction(
         index=state.index,
@@ -440,7 +640,8 @@ def _predict(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> P
         output=out,
         now=now,
         nxt=nxt,
-        last=position + 1 >= len(scheduler.timesteps),
+        position=position,
+        last=position + 1 + state.grid.terminal >= len(scheduler.timesteps),
         below_one=below.sigma,
         family=state.grid.family,
         dynamics=state.dynamics,
@@ -451,8 +652,9 @@ def _predict(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> P
 def override_timesteps(scheduler: Any, timesteps: Sequence[float]) -> None:
     """Replace a puppet's timesteps, and its sigmas where it has them, by ``timesteps`` (for probing)."""
     old = scheduler.timesteps
-    scheduler.timesteps = torch.tensor(list(timesteps), dtype=old.dtype, device=old.device)
-    grid = scheduler._difftune.grid
+    grid: _Grid = scheduler._difftune.grid
+    times = [*timesteps, *([0.0] * grid.terminal)]
+    scheduler.timesteps = torch.tensor(times, dtype=old.dtype, device=old.device)
     if isinstance(grid, _Sigmas):
         sigmas = [grid.sigma_of(scheduler, t) for t in timesteps] + [0.0]
         scheduler.sigmas = torch.tensor(sigmas, dtype=scheduler.sigmas.dtype, device=scheduler.sigmas.device)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from difftune.denoiser import Action, InferenceModeError, Tap
+from difftune.noise import KeyedDraws, KeyedGenerator, keyed_generator, keyed_noise
 from difftune.policy import Policy
 from difftune.prompt_cache import PromptCache
 from difftune.puppet import Prediction, make_puppet, override_timesteps
+from difftune.quirks import quirk_of
 from difftune.transition import Gaussian, Level
 from difftune.types import NonFiniteError, ParityError, SampleKey, Trajectory, UserError
 
@@ -91,23 +93,6 @@ class PointView:
     noise: Tensor
 
 
-def keyed_generator(key: SampleKey, stream: str) -> torch.Generator:
-    """Return a CPU generator that depends on the sample's key and the stream's name only."""
-    text = f"{key.seed}\x1f{key.epoch}\x1f{key.prompt}\x1f{key.sample}\x1f{stream}"
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def keyed_noise(keys: Sequence[SampleKey], stream: str, like: Tensor) -> Tensor:
-    """Return ``(B, *latent)`` standard normal noise, one independent stream per key, on ``like``'s device.
-
-    Drawn on the CPU in fp32 (fp64 if ``like`` is fp64), so that it is the same on every device.
-    """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    rows = [torch.randn(like.shape[1:], generator=keyed_generator(key, stream), dtype=dtype) for key in keys]
-    return torch.stack(rows).to(like.device)
-
-
 def sample_keys(prompts: Sequence[str], seed: int, epoch: int) -> tuple[SampleKey, ...]:
     """Return one key per prompt, numbering the repetitions of each prompt in the order they come."""
     seen: Counter[str] = Counter()
@@ -164,14 +149,22 @@ class Sampler:
         self.guidance_scale = guidance_scale
         self.eta = eta
         self.window = None if window is None else tuple(window)
-        self.batch_size = batch_size
+        quirk = quirk_of(type(policy.pipe).__name__)
+        if quirk.refuse:
+            raise UserError(f"model: {type(policy.pipe).__name__} cannot be trained: {quirk.refuse}")
+        self.batch_size = batch_size if quirk.max_batch is None else min(batch_size, quirk.max_batch)
         self.store = store
         self.autocast = autocast
-        self._puppet = make_puppet(policy.pipe.scheduler, dynamics, eta)
+        self._seats = find_scheduler(policy.pipe)
+        self._puppet = make_puppet(getattr(*self._seats[0]), dynamics, eta)
         self.dynamics: str = self._puppet._difftune.dynamics
         extra = {n: m for n, m in _modules(policy.pipe).items() if n.startswith("controlnet")}
         self._tap = Tap({**policy.denoisers, **extra})
         self._cache = PromptCache(policy.pipe)
+        self._form: int | None = None
+        self._output_type = "pt"
+        self._length: int | None = None
+        self._swaps_processors = _swaps_processors(policy.pipe)
         self._parameters = _call_parameters(policy.pipe)
         wanted = {
             "guidance_scale": guidance_scale,
@@ -242,8 +235,16 @@ class Sampler:
     def _record(
         self, prompts: tuple[str, ...], keys: tuple[SampleKey, ...], conditions: Mapping[str, Any], decode: bool
     ) -> Trajectory:
-        driver = _Recorder(self, keys)
-        out = self._drive(driver, prompts, keys, conditions, leave_early=not decode)
+        # How many steps a call has is known once one has run through: loops can come in sections.
+        driver = _Recorder(self, keys, None if decode else self._length)
+        try:
+            out = self._drive(driver, prompts, keys, conditions)
+        except ValueError as error:
+            if isinstance(error, UserError) or "output_type" not in str(error) or self._output_type == "np":
+                raise
+            self._output_type = "np"
+            return self._record(prompts, keys, conditions, decode)
+        self._length = driver.length
         trajectory = driver.trajectory(prompts, keys, conditions, self.store)
         _require_finite(trajectory.states, "latent", prompts)
         if not decode:
@@ -329,7 +330,22 @@ class Sampler:
         prompts = tuple(prompts)
         keys = sample_keys(prompts, 0, 0) if keys is None else tuple(keys)
         driver = _Prober(points, on_point, grad)
-        self._drive(driver, prompts, keys, conditions or {}, steps=len(points) + 1)
+        self._drive(driver, prompts, keys, conditions or {}, steps=self._probing_steps(len(points), conditions or {}))
+        if driver.visited < len(points):
+            raise UserError(
+                f"probe: {type(self.policy.pipe).__name__} came by {driver.visited} of {len(points)} points; its loop "
+                "leaves out more steps than `strength` says"
+            )
+
+    def _probing_steps(self, points: int, conditions: Mapping[str, Any]) -> int:
+        """Return how many steps to ask for so that the loop has at least one step more than there are points."""
+        parameter = self._parameters.get("strength")
+        default = 1.0 if parameter is None or parameter.default is None else parameter.default
+        strength = conditions.get("strength", self._fixed.get("strength", default))
+        if not isinstance(strength, (int, float)) or not 0 < strength < 1:
+            strength = 1.0
+        steps = points + 1 if strength == 1 else math.ceil((points + 1) / strength) + 1
+        return max(steps, self.steps) if self._puppet._difftune.grid.terminal else steps
 
     def level(self, timestep: float) -> Level:
         """Return the noise level of a training timestep (diffusion: an index; flow: t * num_train_timesteps)."""
@@ -378,8 +394,8 @@ class Sampler:
         given: dict[str, Any] = {
             "prompt": list(prompts),
             "num_inference_steps": steps,
-            "generator": [keyed_generator(key, "pipeline") for key in keys],
-            "output_type": "pt",
+            "batch_size": len(prompts),
+            "output_type": self._output_type,
             "return_dict": True,
             **self._fixed,
             **conditions,
@@ -388,6 +404,9 @@ class Sampler:
             given["negative_prompt"] = [given["negative_prompt"]] * len(prompts)
         if self._takes_anything():
             return given
+        if "prompt" in self._parameters:
+            # Where there are prompts, they say how many samples there are.
+            del given["batch_size"]
         return {name: value for name, value in given.items() if name in self._parameters}
 
     def _drive(
@@ -398,33 +417,89 @@ class Sampler:
         conditions: Mapping[str, Any],
         *,
         steps: int | None = None,
-        leave_early: bool = False,
         checkpointing: bool = False,
     ) -> Any:
         """Call the pipeline with the puppet in place; ``None`` if the driver left the loop."""
-        pipe = self.policy.pipe
         state = self._puppet._difftune
-        driver.leave_early = leave_early
         arguments = self._arguments(prompts, keys, conditions, self.steps if steps is None else steps)
-        native = pipe.scheduler
-        with contextlib.ExitStack() as stack:
-            # The outer no_grad is what grad mode falls back to, whatever a driver switched on in between.
-            stack.enter_context(torch.no_grad())
-            if self.autocast is not None:
-                stack.enter_context(torch.autocast(self.policy.device.type, self.autocast))
-            stack.enter_context(self._tap.open(lambda: driver.action(state.index), checkpointing))
-            stack.enter_context(self._cache.open())
-            state.driver, state.index, state.position = driver, 0, None
-            vars(pipe)["scheduler"] = self._puppet
-            try:
-                return self._call(arguments)
-            except _LoopLeft:
-                return None
-            finally:
-                vars(pipe)["scheduler"] = native
-                state.driver = None
+        natives = [getattr(owner, name) for owner, name in self._seats]
+        processors = self._processors() if self._swaps_processors else {}
+        draws = KeyedDraws(keys)
+        try:
+            with contextlib.ExitStack() as stack:
+                # The outer no_grad is what grad mode falls back to, whatever a driver switched on in between.
+                stack.enter_context(torch.no_grad())
+                # What is drawn without a generator by means that KeyedDraws does not know is at least repeated.
+                stack.enter_context(torch.random.fork_rng(devices=[]))
+                if self.autocast is not None:
+                    stack.enter_context(torch.autocast(self.policy.device.type, self.autocast))
+                stack.enter_context(self._cache.open())
+                stack.enter_context(draws)
+                stack.enter_context(
+                    self._tap.open(lambda: driver.action(state.index), checkpointing, around=draws.paused)
+                )
+                for owner, name in self._seats:
+                    vars(owner)[name] = self._puppet
+                return self._call(driver, keys, arguments)
+        except _LoopLeft:
+            # What the pipeline would have done after its loop.
+            for module, processor in processors.items():
+                module.processor = processor
+            if hasattr(self.policy.pipe, "maybe_free_model_hooks"):
+                self.policy.pipe.maybe_free_model_hooks()
+            return None
+        finally:
+            for (owner, name), native in zip(self._seats, natives, strict=True):
+                vars(owner)[name] = native
+            state.begin(None)
 
-    def _call(self, arguments: dict[str, Any]) -> Any:
+    def _processors(self) -> dict[Any, Any]:
+        modules = [m for module in self.policy.denoisers.values() for m in module.modules()]
+        return {module: module.processor for module in modules if "processor" in vars(module)}
+
+    def _call(self, driver: Any, keys: tuple[SampleKey, ...], arguments: dict[str, Any]) -> Any:
+        """Call the pipeline in the first form it takes; the form is remembered.
+
+        Forms: a list of prompts with a list of generators; a list of prompts with one generator that stands for all
+        (:class:`~difftune.noise.KeyedGenerator`); for one sample, its prompt as a string.
+        """
+        state = self._puppet._difftune
+        forms = range(3 if len(keys) == 1 else 2) if self._form is None else (self._form,)
+        failure: Exception | None = None
+        for form in forms:
+            torch.manual_seed(keys[0].seed)
+            state.begin(driver, len(keys))
+            calls = self._tap.calls
+            try:
+                out = self._unwrapped_if_strict(driver, len(keys), self._in_form(form, keys, arguments))
+            except _LoopLeft:
+                self._form = form
+                raise
+            except (TypeError, ValueError, AttributeError, AssertionError) as error:
+                begun = state.entered or self._tap.calls > calls
+                if begun or isinstance(error, UserError) or "output_type" in str(error):
+                    raise
+                failure = failure or error
+            else:
+                self._form = form
+                return out
+        assert failure is not None
+        raise failure
+
+    def _in_form(self, form: int, keys: tuple[SampleKey, ...], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        given = dict(arguments)
+        if "generator" in self._parameters or self._takes_anything():
+            single = form > 0
+            given["generator"] = (
+                KeyedGenerator.of(keys, "pipeline") if single else [keyed_generator(key, "pipeline") for key in keys]
+            )
+        if form == 2:
+            for name, value in given.items():
+                if name.endswith("prompt") and isinstance(value, (list, tuple)) and len(value) == 1:
+                    given[name] = value[0]
+        return given
+
+    def _unwrapped_if_strict(self, driver: Any, batch: int, arguments: dict[str, Any]) -> Any:
         pipe = self.policy.pipe
         try:
             return pipe(**arguments)
@@ -435,7 +510,7 @@ class Sampler:
                     f"{type(pipe).__name__} runs {error} inside torch.inference_mode, where nothing can be trained; "
                     "use torch.no_grad there"
                 ) from None
-            self._puppet._difftune.index = 0
+            self._puppet._difftune.begin(driver, batch)
             return unwrapped(pipe, **arguments)
 
     # -- the gate ----------------------------------------------------------------------------------------
@@ -509,8 +584,6 @@ class Sampler:
 class _Driver:
     """Common ground of the drivers: native timesteps, denoiser run without gradients."""
 
-    leave_early = False
-
     def timesteps(self, scheduler: Any) -> None:
         """Keep the pipeline's own timesteps."""
 
@@ -522,9 +595,10 @@ class _Driver:
 class _Recorder(_Driver):
     """Draws each step's noise and stores what the step received and returned."""
 
-    def __init__(self, sampler: Sampler, keys: tuple[SampleKey, ...]) -> None:
+    def __init__(self, sampler: Sampler, keys: tuple[SampleKey, ...], leave_after: int | None) -> None:
         self._sampler = sampler
         self._keys = keys
+        self._leave_after = leave_after
         self._samples: list[Tensor] = []
         self._outs: list[Tensor] = []
         self._log_probs: list[Tensor] = []
@@ -542,15 +616,26 @@ class _Recorder(_Driver):
         self._log_probs.append(log_prob)
         self._stochastic.append(noisy)
         self._times.append(prediction.timestep)
-        if self.leave_early and prediction.last:
+        if len(self._outs) == self._leave_after:
             raise _LoopLeft
         return following
+
+    @property
+    def length(self) -> int:
+        """The number of steps recorded so far."""
+        return len(self._outs)
 
     def trajectory(
         self, prompts: tuple[str, ...], keys: tuple[SampleKey, ...], conditions: Mapping[str, Any], store: str
     ) -> Trajectory:
         if not self._outs:
             raise UserError("the pipeline never called scheduler.step: it has no denoising loop to record")
+        shapes = {tuple(sample.shape) for sample in (*self._samples, *self._outs)}
+        if len(shapes) > 1:
+            raise UserError(
+                f"the pipeline's latents change their shape between steps ({sorted(shapes)}); difftune trains loops of "
+                "one shape"
+            )
         followed = all(torch.equal(a, b) for a, b in zip(self._samples[1:], self._outs[:-1], strict=True))
 
         def keep(values: list[Tensor]) -> Tensor:
@@ -604,7 +689,7 @@ class _Replayer(_Driver):
         following = trajectory.step_out(index).to(prediction.sample.device)
         if index in self._wanted:
             stored = trajectory.states[:, index].to(prediction.sample.device)
-            if prediction.sample.dtype != stored.dtype or not torch.equal(prediction.sample, stored):
+            if not _same_sample(prediction.sample, stored):
                 raise ParityError(
                     f"parity: at step {index} the pipeline holds another sample than the one recorded; it draws "
                     "noise of its own, or the trajectory was stored in another dtype"
@@ -638,19 +723,26 @@ class _Prober(_Driver):
         self._points = points
         self._on_point = on_point
         self._grad = grad
+        self._padding = 1
+        self._next: int | None = None
+        self.visited = 0
 
     def timesteps(self, scheduler: Any) -> None:
         times = [t for t, _ in self._points]
-        override_timesteps(scheduler, [times[0], *times])
+        # Points come last: image-to-image pipelines begin in the middle of the list. At least one step precedes them.
+        have = len(scheduler.timesteps) - scheduler._difftune.grid.terminal
+        self._padding = max(have - len(times), 1)
+        override_timesteps(scheduler, [times[0]] * self._padding + times)
 
     def action(self, index: int) -> Action:
-        if index == 0:
+        if self._next is None or self._next < 0:
             return "skip"
         return "grad" if self._grad else "run"
 
     def step(self, prediction: Prediction) -> Tensor:
-        point = prediction.index - 1
-        if point >= 0:
+        point = prediction.position - self._padding
+        if self._next is not None and point >= 0:
+            self.visited += 1
             self._on_point(
                 PointView(
                     index=point,
@@ -665,10 +757,11 @@ class _Prober(_Driver):
             torch.set_grad_enabled(False)
         if point + 1 == len(self._points):
             raise _LoopLeft
-        x_t = self._points[point + 1][1]
+        self._next = point + 1
+        x_t = self._points[max(self._next, 0)][1]
         if x_t.shape != prediction.sample.shape:
             raise ValueError(
-                f"point {point + 1} has shape {tuple(x_t.shape)}, expected {tuple(prediction.sample.shape)}"
+                f"point {max(self._next, 0)} has shape {tuple(x_t.shape)}, expected {tuple(prediction.sample.shape)}"
             )
         return x_t.to(prediction.sample)
 
@@ -696,6 +789,46 @@ def _modules(pipe: Any) -> dict[str, nn.Module]:
     if not isinstance(components, Mapping):
         components = vars(pipe)
     return {name: value for name, value in components.items() if isinstance(value, nn.Module)}
+
+
+def find_scheduler(pipe: Any) -> list[tuple[Any, str]]:
+    """Return where the loop's scheduler sits, as ``(object, attribute)`` pairs: the pipeline and its sub-pipelines.
+
+    A pipeline made of others (Kandinsky combined) holds them as attributes and runs their loops.
+
+    Raises:
+        UserError: there is none, or several and none is called ``scheduler``.
+    """
+    parts = [value for value in vars(pipe).values() if callable(value) and hasattr(value, "scheduler")]
+    name = "scheduler" if getattr(pipe, "scheduler", None) is not None else ""
+    if not name:
+        named = [key for key, value in vars(pipe).items() if hasattr(value, "set_timesteps") and hasattr(value, "step")]
+        if len(named) != 1:
+            raise UserError(
+                f"{type(pipe).__name__} has {'no scheduler' if not named else 'several schedulers: ' + ', '.join(named)}"
+                "; difftune trains pipelines with one denoising loop, whose scheduler is called scheduler"
+            )
+        name = named[0]
+    native = getattr(pipe, name)
+    return [(pipe, name), *((part, "scheduler") for part in parts if part.scheduler is native)]
+
+
+def _swaps_processors(pipe: Any) -> bool:
+    """Whether the call changes attention processors and restores them after its loop (PAG)."""
+    try:
+        return "set_attn_processor" in inspect.getsource(inspect.unwrap(type(pipe).__call__))
+    except (OSError, TypeError):
+        return True
+
+
+def _same_sample(sample: Tensor, stored: Tensor) -> bool:
+    """Whether the pipeline holds the recorded sample, up to what another batch size changes in its last digits."""
+    if sample.dtype != stored.dtype or sample.shape != stored.shape:
+        return False
+    if torch.equal(sample, stored):
+        return True
+    bound = 1e-4 if sample.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool((sample - stored).abs().max() <= bound * (1 + stored.abs().max()))
 
 
 def _call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:

@@ -30,7 +30,7 @@ ORDER: list[list[str]] = [
     ["algorithms", "rewards"],  # plug-ins: see PLUGINS
     ["checkpoint", "export", "report", "tracking"],
     ["sampler"],
-    ["puppet", "denoiser", "prompt_cache"],
+    ["puppet", "denoiser", "prompt_cache", "noise", "quirks"],
     ["policy"],
     ["algorithm", "reward"],
     ["advantage"],
