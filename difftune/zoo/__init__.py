@@ -67,8 +67,3 @@ def model_path(name: str) -> Path:
 def list_models() -> list[str]:
     """The names of the embedded models."""
     return sorted(MODELS)
-
-
-def list_models() -> list[str]:
-    """The names of all embedded models."""
-    return list(MODELS)

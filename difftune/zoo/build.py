@@ -40,8 +40,11 @@ def shared_latents(out: Path, vae: AutoencoderKL, steps_scale: float) -> tuple[l
     return [Scene(**fields) for fields in stored["scenes"]], stored["latents"]
 
 
-def build_generator(name: str, out: Path, steps_scale: float) -> None:
-    """Trains tiny-sd or tiny-flow and writes it to ``out/<name>``, an unfinished copy now and then."""
+def build_generator(name: str, out: Path, steps_scale: float, resume: bool = False) -> None:
+    """Trains tiny-sd or tiny-flow and writes it to ``out/<name>``, an unfinished copy now and then.
+
+    `resume` goes on from the model that is there.
+    """
     vae = shared_autoencoder(out, steps_scale)
     scenes, latents = shared_latents(out, vae, steps_scale)
     train, steps = {
@@ -52,7 +55,8 @@ def build_generator(name: str, out: Path, steps_scale: float) -> None:
     def save(pipeline: DiffusionPipeline) -> None:
         generator.save_half(pipeline, out / name)
 
-    save(train(vae, scenes, latents, max(1, round(steps * steps_scale)), snapshot=save))
+    start = generator.load_float(name, out / name) if resume else None
+    save(train(vae, scenes, latents, max(1, round(steps * steps_scale)), snapshot=save, start=start))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", choices=["autoencoder", "tiny-clip", "tiny-sd", "tiny-flow", "all"])
     parser.add_argument("--out", type=Path, default=Path("zoo"), help="folder to write the models to")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="factor on every number of training steps")
+    parser.add_argument("--resume", action="store_true", help="train a generator in the folder further")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads to use")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
@@ -73,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         build_clip(chosen.out, chosen.steps_scale)
     for name in ("tiny-sd", "tiny-flow"):
         if chosen.model in (name, "all"):
-            build_generator(name, chosen.out, chosen.steps_scale)
+            build_generator(name, chosen.out, chosen.steps_scale, chosen.resume)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,12 @@ FLOW_TEXT_WIDTH = 96
 LONG_SEQUENCE = 256
 """Default `max_sequence_length` of StableDiffusion3Pipeline: so many zero tokens come from the T5 slot."""
 
+RESUMED_LEARNING_RATE = 0.6
+"""Factor on the peak learning rate where training goes on from a finished model."""
+
+RESUMED_SEED = 100
+"""Added to the seed where training goes on, so that other batches are drawn."""
+
 _LONG_EVERY = 8
 _SNAPSHOTS = 6
 
@@ -154,13 +160,18 @@ def train_tiny_sd(
     latents: Tensor,
     steps: int = SD_STEPS,
     snapshot: Callable[[DiffusionPipeline], None] | None = None,
+    start: StableDiffusionPipeline | None = None,
 ) -> StableDiffusionPipeline:
-    """Trains tiny-sd by noise prediction: the mean of (eps(x_t, t, caption) - eps)^2 over uniform timesteps."""
-    torch.manual_seed(SD_SEED)
-    pipeline = new_tiny_sd(vae)
+    """Trains tiny-sd by noise prediction: the mean of (eps(x_t, t, caption) - eps)^2 over uniform timesteps.
+
+    `start` is a finished pipeline to train on; None starts from nothing.
+    """
+    seed = SD_SEED if start is None else SD_SEED + RESUMED_SEED
+    torch.manual_seed(seed)
+    pipeline = new_tiny_sd(vae) if start is None else start
     unet = pipeline.unet.to(memory_format=torch.channels_last)
     scheduler = pipeline.scheduler
-    rng = np.random.default_rng(SD_SEED)
+    rng = np.random.default_rng(seed)
 
     def loss_of_step(step: int) -> Tensor:
         chosen = rng.integers(len(scenes), size=SD_BATCH)
@@ -179,7 +190,7 @@ def train_tiny_sd(
         [unet, pipeline.text_encoder],
         label="tiny-sd",
         steps=steps,
-        learning_rate=SD_LEARNING_RATE,
+        learning_rate=SD_LEARNING_RATE * (1 if start is None else RESUMED_LEARNING_RATE),
         snapshot=None if snapshot is None else lambda: snapshot(pipeline),
         snapshot_every=steps // _SNAPSHOTS,
     )
@@ -192,16 +203,20 @@ def train_tiny_flow(
     latents: Tensor,
     steps: int = FLOW_STEPS,
     snapshot: Callable[[DiffusionPipeline], None] | None = None,
+    start: StableDiffusion3Pipeline | None = None,
 ) -> StableDiffusion3Pipeline:
     """Trains tiny-flow by flow matching: the mean of (v(x_t, t, caption) - (noise - x_0))^2, t logit-normal.
 
     The number of zero tokens in T5's place varies, so that any `max_sequence_length` works at sampling: from none to
     sixteen, and on every eighth step, with a quarter of the batch, the pipeline's default.
+
+    `start` is a finished pipeline to train on; None starts from nothing.
     """
-    torch.manual_seed(FLOW_SEED)
-    pipeline = new_tiny_flow(vae)
+    seed = FLOW_SEED if start is None else FLOW_SEED + RESUMED_SEED
+    torch.manual_seed(seed)
+    pipeline = new_tiny_flow(vae) if start is None else start
     transformer = pipeline.transformer
-    rng = np.random.default_rng(FLOW_SEED)
+    rng = np.random.default_rng(seed)
 
     def loss_of_step(step: int) -> Tensor:
         long = step % _LONG_EVERY == _LONG_EVERY - 1
@@ -230,11 +245,20 @@ def train_tiny_flow(
         [transformer, pipeline.text_encoder, pipeline.text_encoder_2],
         label="tiny-flow",
         steps=steps,
-        learning_rate=FLOW_LEARNING_RATE,
+        learning_rate=FLOW_LEARNING_RATE * (1 if start is None else RESUMED_LEARNING_RATE),
         snapshot=None if snapshot is None else lambda: snapshot(pipeline),
         snapshot_every=steps // _SNAPSHOTS,
     )
     return pipeline
+
+
+def load_float(name: str, folder: Path) -> DiffusionPipeline:
+    """A finished pipeline in 32-bit floats, to be trained on; tiny-flow without its silent T5."""
+    if name == "tiny-sd":
+        return StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    return StableDiffusion3Pipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
+    )
 
 
 def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
