@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -52,8 +53,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    # transformers reports on every image class that torchvision, which nothing here needs, could have served.
+    # transformers reports every image class that torchvision, which nothing here needs, could have served; diffusers
+    # reports that a LoRA of the denoiser has no keys for the text encoder.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         app(args=None if argv is None else list(argv))
     except SystemExit as end:
@@ -119,27 +122,51 @@ def _complain(text: str) -> None:
 # -- interruption ----------------------------------------------------------------------------------------------------
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _leave_on_second(reading: int) -> None:
+    """Read the numbers of the signals that arrive, until the pipe is closed; the second one ends the process."""
+    count = 0
+    with open(reading, "rb", buffering=0) as pipe:
+        while number := pipe.read(1):
+            count += number[0] in _SIGNALS
+            if count == 2:
+                os._exit(130)
+
+
 class _Interrupts:
-    """SIGINT and SIGTERM: the first one stops the run at its next boundary, a second one leaves at once."""
+    """SIGINT and SIGTERM: the first one stops the run at its next boundary, a second one leaves at once.
+
+    Handlers run between two lines of Python. A scorer that hangs or a long computation would keep the second signal
+    waiting, so a thread counts them as they come in and leaves by itself.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._held = False
         self._before: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._wakeup = -1
 
     def __enter__(self) -> _Interrupts:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)
+            reading, writing = self._pipe = os.pipe()
+            os.set_blocking(writing, False)
+            self._wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            threading.Thread(target=_leave_on_second, args=(reading,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._pipe[1])
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            os._exit(130)
         self.requested = True
         if not self._held:
             raise KeyboardInterrupt
@@ -407,10 +434,15 @@ def _tell_results(out: Path, comparison: Comparison | None) -> None:
     for name, path in places.items():
         if path.exists():
             _say(f"{name:<9}{path}")
+    following = {
+        f"difftune generate {out} --compare": "more pictures, base beside tuned; your own: --prompt '...'",
+        f"difftune evaluate {out} -n 128": "the figures again, on more pictures",
+        "difftune new ddpo-scene-tiny-sd my.yaml": "a recipe to change; all of them: difftune list recipes",
+    }
+    width = max(map(len, following))
     _say("next:")
-    _say(f"  difftune generate {out} --compare        # pictures of your own prompts: --prompt '...'")
-    _say(f"  difftune evaluate {out} -n 128           # the figures again, on more pictures")
-    _say("  difftune new ddpo-scene-tiny-sd my.yaml   # a recipe to change; difftune list recipes")
+    for command, purpose in following.items():
+        _say(f"  {command:<{width}}  # {purpose}")
 
 
 def _reward_lines(out: Path, comparison: Comparison | None) -> list[str]:

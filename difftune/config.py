@@ -299,22 +299,29 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: with one line per mistake, all of them.
     """
     data, base, name = _read_source(source)
-    data = _absolute(data, base)
+    data, problems = _absolute(data, base), []
     for override in overrides:
-        _override(data, override)
+        try:
+            _override(data, override)
+        except UserError as error:
+            problems.append(str(error))
     data.setdefault("out", None)
     if data["out"] is None:
         data["out"] = str(Path(source)) if Path(source).is_dir() else f"runs/{name}"
-    return validate(data)
+    return validate(data, problems)
 
 
-def validate(data: Mapping[str, Any]) -> RunConfig:
+def validate(data: Mapping[str, Any], problems: Sequence[str] = ()) -> RunConfig:
     """Validate a configuration that is a mapping already; plug-ins that it names are run first.
+
+    Args:
+        data: the mapping.
+        problems: mistakes that were found before, to be reported with the others.
 
     Raises:
         UserError: with one line per mistake, all of them.
     """
-    problems = _load_plugins(data.get("plugins"))
+    problems = [*problems, *_load_plugins(data.get("plugins"))]
     try:
         config = RunConfig.model_validate(dict(data))
     except ValidationError as error:
@@ -420,9 +427,6 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not equals or not all(path):
         raise UserError(f"override: got {override!r}, expected key=value, e.g. train.epochs=10")
     value = _parse(text, f"override {override!r}")
-    if path[0] not in RunConfig.model_fields:
-        known = list(RunConfig.model_fields)
-        raise UserError(f"{path[0]}: unknown key{nearest(path[0], known)} (expected {', '.join(known)})")
     value = _absolute({path[0]: _nested(path[1:], value)}, Path.cwd())[path[0]]
     if len(path) == 1:
         data[path[0]] = value
@@ -625,7 +629,7 @@ def _lines(error: ValidationError, model: type[BaseModel] | None, prefix: tuple[
 def _expected(item: Any) -> str:
     if item["type"] == "string_pattern_mismatch":
         return " or ".join(re.findall(r"[^^$()|]+", item["ctx"]["pattern"]))
-    message = item["msg"].split(", unable to")[0].split(", got")[0]
+    message = re.split(r", unable to|, got| or instance of", item["msg"])[0]
     message = re.sub(r"^(Input|Value|List|String|Dictionary|Tuple) should (be|have) ", "", message)
     message = re.sub(r"^(greater|less) than", r"a value \1 than", message)
     for theirs, ours in (("valid dictionary", "mapping"), ("valid integer", "whole number"), ("a valid ", "a ")):
@@ -990,7 +994,7 @@ def _type_schema(hint: Any) -> dict[str, Any]:
 def first_line(thing: Any) -> str:
     """Return the first line of an object's docstring."""
     lines = (inspect.getdoc(thing) or "").strip().splitlines()
-    return lines[0] if lines else ""
+    return lines[0].replace("``", "") if lines else ""
 
 
 def recipes() -> dict[str, str]:
