@@ -23,12 +23,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from difftune.advantage import PromptStatistics, normalize_batch, normalize_groups
-from difftune.algorithm import AlgorithmConfig, Plan, Prepared, TransitionAlgorithm, algorithm
+from difftune.algorithm import (
+    AlgorithmConfig,
+    Plan,
+    Prepared,
+    TransitionAlgorithm,
+    algorithm,
+    importance_sampling_loss,
+    ratio_stats,
+)
 from difftune.reward import Reward
 from difftune.sampler import Sampler, StepView
 from difftune.transition import Gaussian
@@ -60,13 +67,6 @@ class DDPOConfig(AlgorithmConfig):
     kl_weight: float = Field(
         0.0, ge=0, description="Weight of the per-step KL to the base model, mean over dimensions (0: none, the paper)."
     )
-
-
-def importance_sampling_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
-    """Return DDPO_IS's loss ``(B,)``: max(-A w, -A clip(w, 1 - eps, 1 + eps)) with w = exp(log_prob - old_log_prob)."""
-    ratio = torch.exp(log_prob - old_log_prob)
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return torch.maximum(-advantage * ratio, -advantage * clipped)
 
 
 def score_function_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:
@@ -123,19 +123,11 @@ class DDPO(TransitionAlgorithm):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the step's loss ``(B,)`` and its ratio, clip fraction and approximate KL to the old policy."""
         advantage = values["advantage"].to(view.log_prob.device)
-        log_ratio = view.log_prob - view.old_log_prob
         if self.config.variant == "score_function":
             loss = score_function_loss(view.log_prob, advantage)
         else:
             loss = importance_sampling_loss(view.log_prob, view.old_log_prob, advantage, self.config.clip_range)
-        ratio = log_ratio.detach().exp()
-        stats = {
-            "ratio": ratio,
-            "clip_fraction": ((ratio - 1).abs() > self.config.clip_range).float(),
-            "log_prob": view.log_prob.detach(),
-            # KL to the policy that sampled, to second order: half the squared log-ratio, summed over dimensions.
-            "kl_old": 0.5 * (view.dims * log_ratio.detach()) ** 2,
-        }
+        stats = ratio_stats(view, self.config.clip_range)
         if reference is not None:
             kl = view.gaussian.kl(reference)
             loss = loss + self.config.kl_weight * kl

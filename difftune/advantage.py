@@ -1,4 +1,4 @@
-"""From rewards to advantages: per prompt, per group, per batch. Fp32 in, fp32 out, ``(B,)``; no gradients.
+"""From rewards to advantages, weights and pairs: per prompt, per group, per batch. Fp32, ``(B,)``; no gradients.
 
 A *group* is the samples of one prompt in one epoch. Standardisation divides by ``std + 1e-4``, so that equal rewards
 that differ by rounding only do not become advantages of size 1; equal rewards give exactly 0.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +60,106 @@ def normalize_groups(rewards: Tensor, prompts: Sequence[str], global_std: bool =
         mean, std = _spread(rewards[group])
         out[group] = _standardised(rewards[group], mean, everywhere if global_std else std)
     return out
+
+
+def exponential_weights(rewards: Tensor, scale: float, prompts: Sequence[str] | None = None) -> Tensor:
+    """Return weights ``(B,)`` proportional to exp(scale * r) with mean 1, over the batch or within each prompt.
+
+    ``scale`` multiplies: a temperature T, as in exp(r / T), is scale = 1 / T. A constant added to the rewards changes
+    nothing.
+    """
+    rewards = rewards.detach().float()
+    out = torch.ones_like(rewards)
+    for group in [list(range(len(rewards)))] if prompts is None else groups_of(prompts):
+        out[group] = torch.softmax(scale * rewards[group], 0) * len(group)
+    return out
+
+
+def above_quantile(rewards: Tensor, quantile: float) -> Tensor:
+    """Return ``(B,)`` 1 for the rewards above the batch's quantile, 0 for the others; all 1 if all are equal."""
+    rewards = rewards.detach().float()
+    kept = rewards > torch.quantile(rewards, quantile)
+    # Equal rewards are above no quantile of theirs; without a difference there is nothing to choose by.
+    return kept.float() if bool(kept.any()) else torch.ones_like(rewards)
+
+
+def best_of_groups(rewards: Tensor, prompts: Sequence[str], keep: int = 1) -> list[int]:
+    """Return the indices of the ``keep`` best samples of each prompt; of equal ones the first."""
+    chosen: list[int] = []
+    for group in groups_of(prompts):
+        order = torch.argsort(rewards[group].detach().float(), descending=True, stable=True)
+        chosen.extend(group[i] for i in order[:keep].tolist())
+    return chosen
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Comparisons within a micro-batch.
+
+    Attributes:
+        winners, losers: ``(P,)`` indices into the micro-batch.
+        weights: ``(P,)`` with mean 1: every sample of a unit counts the same, however many pairs the unit has.
+    """
+
+    winners: Tensor
+    losers: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.winners)
+
+
+def preference_units(
+    rewards: Tensor, prompts: Sequence[str], mode: Literal["best_worst", "all"] = "best_worst", margin: float = 0.0
+) -> list[list[int]]:
+    """Return the samples that are compared, one list per prompt: its best and worst, or all of its samples.
+
+    Prompts whose rewards differ by no more than ``margin`` make no pair and are left out.
+    """
+    rewards = rewards.detach().float()
+    units = []
+    for group in groups_of(prompts):
+        best, worst = int(rewards[group].argmax()), int(rewards[group].argmin())
+        if float(rewards[group[best]] - rewards[group[worst]]) > margin:
+            units.append([group[best], group[worst]] if mode == "best_worst" else group)
+    return units
+
+
+def pairs_of(
+    rewards: Tensor, units: Sequence[Sequence[int]], margin: float = 0.0, ties: bool = False
+) -> Pairs:
+    """Return all pairs (winner, loser) within each unit whose rewards differ by more than ``margin``.
+
+    Args:
+        rewards: ``(B,)``.
+        units: indices that are compared with one another.
+        margin: smallest difference (exclusive) that makes a pair.
+        ties: keep the pairs within the margin too, in the order of their rewards.
+    """
+    winners: list[int] = []
+    losers: list[int] = []
+    weights: list[float] = []
+    for unit in units:
+        found = []
+        for place, i in enumerate(unit):
+            for j in unit[place + 1 :]:
+                high, low = (i, j) if float(rewards[i]) >= float(rewards[j]) else (j, i)
+                if ties or float(rewards[high] - rewards[low]) > margin:
+                    found.append((high, low))
+        winners.extend(high for high, _ in found)
+        losers.extend(low for _, low in found)
+        weights.extend([len(unit) / len(found)] * len(found) if found else [])
+    device = rewards.device
+    weight = torch.tensor(weights, device=device)
+    samples = max(sum(len(unit) for unit in units), 1)
+    return Pairs(
+        torch.tensor(winners, dtype=torch.long, device=device),
+        torch.tensor(losers, dtype=torch.long, device=device),
+        weight * (len(weights) / samples),
+    )
 
 
 class PromptStatistics:

@@ -13,25 +13,27 @@ The trainer never names an algorithm; it calls this contract and nothing else.
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from difftune.noise import keyed_noise
 from difftune.registry import Registry
-from difftune.transition import Gaussian
+from difftune.transition import Gaussian, Level, add_noise, working
 from difftune.types import NonFiniteError, RewardOutput, SampleKey, Trajectory, UserError
 
 if TYPE_CHECKING:
     # The contract speaks of what is handed to it; at run time it stands below all three.
     from difftune.policy import Policy
     from difftune.reward import Reward
-    from difftune.sampler import Sampler, StepView
+    from difftune.sampler import PointView, Sampler, StepView
 
 Evidence = Literal["transitions", "samples", "gradient"]
 
@@ -116,6 +118,7 @@ class Context:
         generator: a CPU generator keyed by (seed, epoch, pass, minibatch, micro-batch).
         epoch: the epoch, from 1.
         step: optimizer steps taken so far.
+        report: where algorithms of ``gradient`` evidence leave the rewards they saw, for the log.
     """
 
     sampler: Sampler
@@ -125,6 +128,7 @@ class Context:
     generator: torch.Generator
     epoch: int
     step: int
+    report: Callable[[RewardOutput], None] = lambda rewards: None
 
     def choose_steps(self, trajectory: Trajectory, fraction: float) -> list[int]:
         """Return a random subset of the stochastic steps, ``fraction`` of them and at least one, in order."""
@@ -147,12 +151,14 @@ class Algorithm(ABC):
         evidence: what it needs of the sampler.
         paper: title, authors, year and identifier of the source.
         Config: its settings.
+        behaviour: the adapter that draws the rollouts; ``default`` is the one that is trained.
     """
 
     name: ClassVar[str] = "unnamed"
     evidence: ClassVar[Evidence]
     paper: ClassVar[str] = ""
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    behaviour: ClassVar[str] = "default"
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config: Any = config
@@ -188,6 +194,9 @@ class Algorithm(ABC):
     def after_step(self, policy: Policy, step: int) -> None:  # noqa: B027
         """Called after each optimizer step: update stored adapters, for example."""
 
+    def after_epoch(self, policy: Policy, step: int) -> None:  # noqa: B027
+        """Called when all updates on a rollout are done, ``step`` optimizer steps since the run began."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the policy: numbers, strings, lists, dicts and tensors."""
         return {}
@@ -205,11 +214,14 @@ class TransitionAlgorithm(Algorithm):
 
     evidence: ClassVar[Evidence] = "transitions"
 
-    @abstractmethod
     def step_loss(
         self, view: StepView, values: Mapping[str, Tensor], reference: Gaussian | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss ``(B,)`` of one step, with its graph, and metrics ``(B,)`` without."""
+        """Return the loss ``(B,)`` of one step, with its graph, and metrics ``(B,)`` without.
+
+        Losses that are not one per sample (pairs) are given to :meth:`train_steps` instead.
+        """
+        raise NotImplementedError
 
     def timestep_fraction(self) -> float:
         """Return the share of the stochastic steps that a micro-batch trains."""
@@ -221,6 +233,15 @@ class TransitionAlgorithm(Algorithm):
 
     def accumulate(self, batch: Batch, context: Context) -> dict[str, float]:
         """Replay the chosen steps, and run backward at each as soon as its loss is known."""
+        return self.train_steps(batch, context, lambda view, base: self.step_loss(view, batch.values, base))
+
+    def train_steps(
+        self,
+        batch: Batch,
+        context: Context,
+        loss_of: Callable[[StepView, Gaussian | None], tuple[Tensor, dict[str, Tensor]]],
+    ) -> dict[str, float]:
+        """Replay the chosen steps; ``loss_of`` gives each one's losses ``(N,)``, whose mean is trained on."""
         trajectory = batch.trajectory
         assert trajectory is not None
         steps = context.choose_steps(trajectory, self.timestep_fraction())
@@ -231,13 +252,274 @@ class TransitionAlgorithm(Algorithm):
         meter = Meter()
 
         def on_step(view: StepView) -> None:
-            loss, stats = self.step_loss(view, batch.values, reference.get(view.index))
+            loss, stats = loss_of(view, reference.get(view.index))
             require_finite_loss(self.name, loss, batch.prompts, f"step {view.index}")
             (loss.mean() * (context.weight / len(steps))).backward()
             meter.add(loss=loss, **stats)
 
         context.sampler.replay(trajectory, on_step, steps)
         return meter.means()
+
+
+def importance_sampling_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """Return PPO's loss ``(B,)``: max(-A w, -A clip(w, 1 - eps, 1 + eps)) with w = exp(log_prob - old_log_prob)."""
+    ratio = torch.exp(log_prob - old_log_prob)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * clipped)
+
+
+def ratio_stats(view: StepView, clip_range: float) -> dict[str, Tensor]:
+    """Return ``(B,)`` metrics of a step's ratio to the policy that sampled."""
+    log_ratio = (view.log_prob - view.old_log_prob).detach()
+    ratio = log_ratio.exp()
+    return {
+        "ratio": ratio,
+        "clip_fraction": ((ratio - 1).abs() > clip_range).float(),
+        "log_prob": view.log_prob.detach(),
+        # KL to the policy that sampled, to second order: half the squared log-ratio, summed over dimensions.
+        "kl_old": 0.5 * (view.dims * log_ratio) ** 2,
+    }
+
+
+def require_group(name: str, plan: Plan, why: str) -> None:
+    """Refuse runs with a single sample per prompt.
+
+    Raises:
+        UserError: saying what the algorithm does within a prompt.
+    """
+    if plan.samples_per_prompt < 2:
+        raise UserError(
+            f"algorithm {name!r} {why} within a prompt's samples, and samples_per_prompt is "
+            f"{plan.samples_per_prompt}; set train.samples_per_prompt to 2 or more"
+        )
+
+
+# -- samples -----------------------------------------------------------------------------------------------------
+
+
+class SampleConfig(AlgorithmConfig):
+    """Settings of the algorithms that re-noise finished samples."""
+
+    timesteps: int = Field(
+        4, ge=1, description="Noise levels at which each sample is trained per update (papers: 1; AWM: 6)."
+    )
+    timestep_range: tuple[float, float] = Field(
+        (0.0, 1.0), description="Part of the schedule that noise levels are drawn from; 0 is the picture, 1 pure noise."
+    )
+    timestep_sampling: Literal["uniform", "logit_normal"] = Field(
+        "uniform", description="How noise levels are drawn: evenly (DDPM), or logit-normal (Stable Diffusion 3)."
+    )
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> SampleConfig:
+        low, high = self.timestep_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"timestep_range: got ({low:g}, {high:g}), expected 0 <= low < high <= 1")
+        return self
+
+
+def draw_times(count: int, bounds: tuple[float, float], sampling: str, generator: torch.Generator) -> list[float]:
+    """Return ``count`` stratified random fractions of the schedule, one from each of ``count`` equal shares.
+
+    ``logit_normal`` is the sigmoid of a standard normal (Esser et al. 2024, eq. 19, with m = 0 and s = 1); both are
+    then scaled into ``bounds``.
+    """
+    jitter = torch.rand(count, generator=generator, dtype=torch.float64)
+    shares = ((torch.arange(count) + jitter) / count).clamp(1e-3, 1 - 1e-3)
+    if sampling == "logit_normal":
+        shares = torch.sigmoid(torch.special.ndtri(shares))
+    low, high = bounds
+    return (low + (high - low) * shares).tolist()
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """The clean sample and the noise that a noisy sample is made of, as they are or as a model predicts them.
+
+    Attributes:
+        x0: ``(B, *latent)`` clean sample.
+        noise: ``(B, *latent)`` noise.
+    """
+
+    x0: Tensor
+    noise: Tensor
+
+    @property
+    def velocity(self) -> Tensor:
+        """``(B, *latent)`` noise - x0, the velocity of flow models."""
+        return self.noise - self.x0
+
+
+Space = Literal["noise", "velocity", "x0"]
+
+
+def squared_error(predicted: Endpoints, truth: Endpoints, space: Space) -> Tensor:
+    """Return ``(B,)`` squared errors, averaged over dimensions, in the space of noise, velocity or clean samples.
+
+    On a straight path at time t they are (1 - t)^2, 1 and t^2 times the velocity's.
+    """
+    return (getattr(predicted, space) - getattr(truth, space)).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A micro-batch at one noise level of the forward process.
+
+    Attributes:
+        timestep: the training timestep.
+        level: its noise level.
+        space: what the model was trained to predict: ``velocity`` (flow models) or ``noise``.
+        truth: the finished samples and the noise that was added.
+        predicted: what the policy makes of x_t, with its graph.
+        others: adapter name to what it makes of x_t, without.
+    """
+
+    timestep: float
+    level: Level
+    space: Space
+    truth: Endpoints
+    predicted: Endpoints
+    others: Mapping[str, Endpoints]
+
+    def error(self, adapter: str | None = None, space: Space | None = None) -> Tensor:
+        """Return ``(B,)`` mean squared errors of the policy or of a stored adapter, in the model's own space."""
+        predicted = self.predicted if adapter is None else self.others[adapter]
+        return squared_error(predicted, self.truth, space or self.space)
+
+
+def is_flow(sampler: Sampler) -> bool:
+    """Whether the sampler's model is a flow model: its levels lie on the straight path, alpha = 1 - sigma."""
+    level = sampler.level(sampler.timestep(0.5))
+    return math.isclose(level.alpha + level.sigma, 1.0, abs_tol=1e-6)
+
+
+class SampleAlgorithm(Algorithm):
+    """An algorithm whose loss is a mean over finished samples and noise levels; subclasses give :meth:`point_loss`.
+
+    Noise levels are drawn once per minibatch, noise per sample: how a minibatch is cut into micro-batches changes
+    nothing. The model is asked through the pipeline's own call, so guidance is on, as it is in sampling: the guided
+    prediction is what is fitted (sampler.guidance_scale = 1 trains the bare conditional one).
+
+    Attributes:
+        shared_noise: the noise belongs to the prompt, so that the samples of a pair get the same.
+    """
+
+    evidence: ClassVar[Evidence] = "samples"
+    Config: ClassVar[type[AlgorithmConfig]] = SampleConfig
+    shared_noise: ClassVar[bool] = False
+
+    @abstractmethod
+    def point_loss(self, point: Point, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return losses ``(N,)``, whose mean is trained on, with their graph, and metrics without."""
+
+    def adapters(self) -> tuple[str, ...]:
+        """Return the names of the further adapters that :meth:`point_loss` compares with."""
+        return ()
+
+    def accumulate(self, batch: Batch, context: Context) -> dict[str, float]:
+        """Noise the samples, ask every adapter, and run backward at each noise level."""
+        trajectory = batch.trajectory
+        assert trajectory is not None
+        config, sampler = self.config, context.sampler
+        times = draw_times(config.timesteps, config.timestep_range, config.timestep_sampling, context.generator)
+        salt = int(torch.randint(2**31, (1,), generator=context.generator))
+        x0 = working(trajectory.states[:, -1]).to(context.policy.device)
+        keys = [replace(key, sample=-1) for key in batch.keys] if self.shared_noise else batch.keys
+        space: Space = "velocity" if is_flow(sampler) else "noise"
+        points: list[tuple[float, Tensor]] = []
+        truths: list[Endpoints] = []
+        for number, u in enumerate(times):
+            timestep = sampler.timestep(u)
+            truth = Endpoints(x0, keyed_noise(keys, f"forward{salt}.{number}", x0))
+            truths.append(truth)
+            points.append((timestep, add_noise(truth.x0, truth.noise, sampler.level(timestep))))
+
+        def probe(on_point: Callable[[PointView], Any], grad: bool) -> None:
+            sampler.probe(
+                batch.prompts, points, on_point, keys=batch.keys, conditions=trajectory.conditions, grad=grad
+            )
+
+        others: dict[str, list[Endpoints]] = {}
+        for name in self.adapters():
+            found = others.setdefault(name, [])
+            with context.policy.adapter(name):
+                probe(lambda view, found=found: found.append(Endpoints(view.x0, view.noise)), False)  # type: ignore[misc]
+        meter = Meter()
+
+        def on_point(view: PointView) -> None:
+            point = Point(
+                timestep=view.timestep,
+                level=view.level,
+                space=space,
+                truth=truths[view.index],
+                predicted=Endpoints(view.x0, view.noise),
+                others={name: found[view.index] for name, found in others.items()},
+            )
+            loss, stats = self.point_loss(point, batch)
+            require_finite_loss(self.name, loss, batch.prompts, f"timestep {view.timestep:g}")
+            (loss.mean() * (context.weight / len(points))).backward()
+            meter.add(loss=loss, **stats)
+
+        probe(on_point, True)
+        return meter.means()
+
+
+# -- gradient ----------------------------------------------------------------------------------------------------
+
+
+class GradientConfig(AlgorithmConfig):
+    """Settings of the algorithms that differentiate the reward."""
+
+    loss: Literal["negative", "target", "hinge"] = Field(
+        "negative", description="negative: -r; target: |r - target|; hinge: max(0, target - r), no gradient above it."
+    )
+    target: float | None = Field(None, description="The reward aimed at (loss: target or hinge).")
+    loss_scale: float = Field(1.0, gt=0, description="Factor of the loss; it matters beside max_grad_norm only.")
+
+    @model_validator(mode="after")
+    def _target_is_given(self) -> GradientConfig:
+        if self.loss != "negative" and self.target is None:
+            raise ValueError(f"loss: {self.loss} needs a target: set algorithm.target")
+        return self
+
+
+def reward_loss(reward: Tensor, form: str, target: float | None, scale: float) -> Tensor:
+    """Return ``(B,)`` losses of rewards ``(B,)``: see :class:`GradientConfig`."""
+    if form == "negative":
+        return -scale * reward
+    assert target is not None
+    return scale * ((reward - target).abs() if form == "target" else torch.relu(target - reward))
+
+
+class GradientAlgorithm(Algorithm):
+    """An algorithm that follows the reward's own gradient; subclasses give :meth:`draws`.
+
+    Samples are drawn at each update, under the weights of that update.
+    """
+
+    evidence: ClassVar[Evidence] = "gradient"
+    Config: ClassVar[type[AlgorithmConfig]] = GradientConfig
+
+    @abstractmethod
+    def draws(self, batch: Batch, context: Context) -> Iterator[tuple[Tensor, float]]:
+        """Yield images ``(B, 3, H, W)`` with their graph, and each draw's share of the loss (shares add up to 1)."""
+
+    def accumulate(self, batch: Batch, context: Context) -> dict[str, float]:
+        """Draw, score and run backward; the first draw's rewards are the ones that are logged."""
+        config = self.config
+        meter = Meter()
+        for number, (images, share) in enumerate(self.draws(batch, context)):
+            rewards = context.reward(images, batch.prompts, batch.metadata)
+            if number == 0:
+                context.report(rewards)
+            loss = reward_loss(rewards.total, config.loss, config.target, config.loss_scale)
+            require_finite_loss(self.name, loss, batch.prompts, f"draw {number}")
+            (loss.mean() * (context.weight * share)).backward()
+            meter.add(loss=loss)
+        return meter.means()
+
+
+# -- shared pieces -----------------------------------------------------------------------------------------------
 
 
 class Meter:
@@ -265,9 +547,11 @@ def require_finite_loss(name: str, loss: Tensor, prompts: Sequence[str], where: 
     finite = torch.isfinite(loss.detach())
     if not bool(finite.all()):
         bad = int((~finite).nonzero()[0])
+        # A loss of pairs has no prompt of its own.
+        whose = f"sample {bad} (prompt {prompts[bad]!r})" if len(loss) == len(prompts) else f"pair {bad}"
         raise NonFiniteError(
-            f"algorithm {name!r}: the loss of sample {bad} (prompt {prompts[bad]!r}) at {where} is "
-            f"{float(loss.detach()[bad])}; the weights are unchanged: lower algorithm.lr or raise sampler.eta"
+            f"algorithm {name!r}: the loss of {whose} at {where} is {float(loss.detach()[bad])}; "
+            "the weights are unchanged: lower algorithm.lr or raise sampler.eta"
         )
 
 

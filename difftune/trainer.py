@@ -130,6 +130,7 @@ class Trainer:
         self.algorithm.setup(self.policy)
         self._boundary: dict[str, Any] | None = None
         self._seconds: dict[str, float] = defaultdict(float)
+        self._reported: list[RewardOutput] = []
         if self.out is not None:
             self._open(resume)
 
@@ -157,20 +158,27 @@ class Trainer:
         started = time.perf_counter()
         texts, metadata, keys = self._plan(epoch)
         mine = self._shard(len(texts))
+        self._reported.clear()
+        scores: RewardOutput | None
         if self.algorithm.evidence == "gradient":
             trajectory, scores = None, None
             prepared = Prepared({})
         else:
-            trajectory = self._rollout([texts[i] for i in mine], [keys[i] for i in mine])
+            with self.policy.adapter(self.algorithm.behaviour):
+                trajectory = self._rollout([texts[i] for i in mine], [keys[i] for i in mine])
             scores = self._score(trajectory, [texts[i] for i in mine], [metadata[i] for i in mine])
             if self.parity is None:
                 before = self.sampler.denoiser_calls
-                self.parity = self._gate(trajectory)
+                with self.policy.adapter(self.algorithm.behaviour):
+                    self.parity = self._gate(trajectory)
                 # Every process passes the gate once, resumed or not: its calls are not the epoch's.
                 calls += self.sampler.denoiser_calls - before
             prepared = self.algorithm.prepare(texts, scores)
         values = self._update(epoch, texts, metadata, keys, mine, trajectory, prepared)
+        self.algorithm.after_epoch(self.policy, self.step)
         self.epoch = epoch
+        if scores is None:
+            scores = self._gathered(self._reported)
         if scores is not None:
             values = {**_reward_values(scores, prepared), **values}
         took = time.perf_counter() - started
@@ -200,9 +208,11 @@ class Trainer:
         return texts, [row.metadata for row in rows], list(sample_keys(texts, self.config.seed, epoch))
 
     def _shard(self, count: int) -> list[int]:
-        """Return the indices of this process: a contiguous block, sizes differing by at most one."""
+        """Return the indices of this process: a contiguous block of whole draws of a prompt."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        return list(range(count * rank // world, count * (rank + 1) // world))
+        size = self.config.samples_per_prompt
+        draws = count // size
+        return list(range(draws * rank // world * size, draws * (rank + 1) // world * size))
 
     def _rollout(self, texts: Sequence[str], keys: Sequence[SampleKey]) -> Trajectory:
         parts = []
@@ -220,12 +230,20 @@ class Trainer:
         """Score this process's samples and gather everyone's, in the plan's order, on the CPU."""
         assert trajectory.images is not None
         with self._phase("score"):
-            out = self.reward(trajectory.images, texts, metadata)
-            total = self._gather(out.total)
-            parts = {name: self._gather(value) for name, value in out.parts.items()}
-            uncertainty = None if out.uncertainty is None else self._gather(out.uncertainty)
+            out = self._gathered([self.reward(trajectory.images, texts, metadata)])
+            assert out is not None
         self._tell("score", len(texts), len(texts))
-        return RewardOutput(total, parts, uncertainty)
+        return out
+
+    def _gathered(self, outputs: Sequence[RewardOutput]) -> RewardOutput | None:
+        """Join rewards of this process and gather everyone's, on the CPU."""
+        if not outputs:
+            return None
+        first = outputs[0]
+        parts = {name: self._gather(torch.cat([o.parts[name] for o in outputs])) for name in first.parts}
+        known = [o.uncertainty for o in outputs if o.uncertainty is not None]
+        uncertainty = self._gather(torch.cat(known)) if len(known) == len(outputs) else None
+        return RewardOutput(self._gather(torch.cat([o.total for o in outputs])), parts, uncertainty)
 
     def _gather(self, values: Tensor) -> Tensor:
         local = values.detach().cpu()
@@ -252,6 +270,11 @@ class Trainer:
         units = [[i] for i in range(len(texts))] if prepared.units is None else [list(u) for u in prepared.units]
         meter: dict[str, list[tuple[float, float]]] = defaultdict(list)
         local = {index: row for row, index in enumerate(mine)}
+        if any(0 < sum(i in local for i in unit) < len(unit) for unit in units):
+            raise UserError(
+                "train.prompts_per_epoch: a prompt that comes twice in an epoch was split between processes; use at "
+                "most as many prompts per epoch as there are prompts"
+            )
         done, total = 0, self.algorithm.config.inner_epochs * self.config.updates_per_epoch
         with self._phase("update"):
             for sweep in range(self.algorithm.config.inner_epochs):
@@ -278,6 +301,7 @@ class Trainer:
                             generator=self._generator(epoch, sweep, f"minibatch{number}"),
                             epoch=epoch,
                             step=self.step,
+                            report=self._report,
                         )
                         for name, value in self.algorithm.accumulate(batch, context).items():
                             meter[name].append((value, len(rows)))
@@ -285,6 +309,11 @@ class Trainer:
                     done += 1
                     self._tell("update", done, total)
         return self._means(meter)
+
+    def _report(self, rewards: RewardOutput) -> None:
+        parts = {name: part.detach() for name, part in rewards.parts.items()}
+        uncertainty = None if rewards.uncertainty is None else rewards.uncertainty.detach()
+        self._reported.append(RewardOutput(rewards.total.detach(), parts, uncertainty))
 
     def _generator(self, epoch: int, sweep: int, stream: str) -> torch.Generator:
         return keyed_generator(SampleKey(self.config.seed, epoch, "", sweep), stream)

@@ -30,10 +30,10 @@ ORDER: list[list[str]] = [
     ["algorithms", "rewards"],  # plug-ins: see PLUGINS
     ["checkpoint", "export", "report", "tracking"],
     ["sampler"],
-    ["puppet", "denoiser", "prompt_cache", "noise", "quirks"],
+    ["puppet", "denoiser", "prompt_cache", "quirks"],
     ["policy"],
     ["algorithm", "reward"],
-    ["advantage"],
+    ["advantage", "noise"],
     ["transition"],
     ["prompts"],
     ["types"],

@@ -1,0 +1,155 @@
+r"""GRPO: group-relative policy optimisation of flow and diffusion models (Liu et al. 2025, arXiv 2505.05470).
+
+The advantage of a sample is how it stands among the other samples of its prompt; the policy gradient is PPO's, at every
+noisy step of the sampler's SDE, with a KL to the base model:
+
+.. math::  A_i = \frac{r_i - \mathrm{mean}(r_{\mathrm{group}})}{\mathrm{std}(r)}, \qquad
+           w_t = \frac{p_\theta(x_s \mid x_t, c)}{p_{\mathrm{old}}(x_s \mid x_t, c)},
+
+.. math::  L_t = \max\big(-A\,w_t,\; -A\,\mathrm{clip}(w_t, 1-\epsilon, 1+\epsilon)\big)
+                 + \lambda\,\mathrm{KL}\big(p_\theta(\cdot \mid x_t) \,\|\, p_{\mathrm{ref}}(\cdot \mid x_t)\big).
+
+The published variants are settings:
+
+- Flow-GRPO: the defaults, with ``sampler.dynamics: flow_sde`` (``sampler.eta`` 0.7) and 10 steps.
+- Flow-GRPO-Fast, MixGRPO: ``sampler.window`` with the few steps that carry noise; the others are ODE steps. MixGRPO
+  also standardises several rewards apart before adding them (``mix: parts``). Its window does not slide here.
+- DanceGRPO (Xue et al. 2025): ``sampler.dynamics: dance_sde`` (eta 0.3), ``global_std: false``, ``kl_weight: 0``,
+  ``timestep_fraction: 0.6``. Its samples of a group share their initial noise; here each has its own.
+- CPS (Wang & Yu 2025): ``sampler.dynamics: cps``.
+- GRPO-Guard (Wang et al. 2025): ``ratio: guard``, log-ratios freed of their bias and of the step's noise level,
+
+.. math::  \log \tilde w_t = S_t \Big(\log w_t + \frac{\lVert\mu_\theta - \mu_{\mathrm{old}}\rVert^2}{2 S_t^2}\Big).
+
+Which unit, and how popular code differs. Log-probs and KLs are means over dimensions, as in their code: the clip range
+belongs to that unit. The KL is the exact one between the step's Gaussians; flow_grpo's code leaves a factor |dt| out of
+the divisor, so its weight 0.04 is 0.04 |dt| = 0.004 here, at its 10 training steps. Standard deviations are the
+population's (DanceGRPO's are the sample's). The guard's formula is from memory of the authors' code, not re-read. On
+noise-prediction models the same loss runs on DDIM's Gaussians.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from difftune.advantage import normalize_groups
+from difftune.algorithm import (
+    AlgorithmConfig,
+    Batch,
+    Context,
+    Plan,
+    Prepared,
+    TransitionAlgorithm,
+    algorithm,
+    importance_sampling_loss,
+    ratio_stats,
+    require_group,
+)
+from difftune.noise import keyed_noise
+from difftune.reward import Reward
+from difftune.sampler import Sampler, StepView
+from difftune.transition import Gaussian
+from difftune.types import RewardOutput, UserError
+
+
+class GRPOConfig(AlgorithmConfig):
+    """GRPO's settings; defaults are Flow-GRPO's (its SD3.5 recipes) unless said otherwise."""
+
+    clip_range: float = Field(1e-4, gt=0, description="Clip range of the ratio, in the unit of the mean log-prob.")
+    advantage_clip: float = Field(5.0, gt=0, description="Advantages are clipped to plus or minus this.")
+    global_std: bool = Field(
+        True, description="Divide by the std of all rewards of the epoch (Flow-GRPO) or of the group (DanceGRPO)."
+    )
+    mix: Literal["total", "parts"] = Field(
+        "total", description="Standardise the reward's total, or each of its parts apart and add them up (MixGRPO)."
+    )
+    kl_weight: float = Field(
+        0.004, ge=0, description="Weight of the KL to the base model, mean over dimensions (0.04 |dt|: see above)."
+    )
+    timestep_fraction: float = Field(
+        1.0, gt=0, le=1, description="Share of the noisy steps trained, at random (Flow-GRPO 0.99, DanceGRPO 0.6)."
+    )
+    ratio: Literal["plain", "guard"] = Field("plain", description="The ratio itself, or GRPO-Guard's normalised one.")
+
+
+def guarded_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: float) -> Tensor:
+    """Return GRPO-Guard's log-ratio ``(B,)``: std * (log w + mean over dimensions of (mu - mu_old)^2 / (2 std^2)).
+
+    The log-ratio of a Gaussian step is -(mu - mu_old)^2 / (2 std^2) + z (mu - mu_old) / std: what is left is
+    z (mu - mu_old), without bias and of one scale at all steps.
+    """
+    bias = (mean - old_mean).square().flatten(1).mean(1) / (2 * std**2)
+    return std * (log_ratio + bias)
+
+
+@algorithm("grpo")
+class GRPO(TransitionAlgorithm):
+    """GRPO; see the module's docstring."""
+
+    paper = "Flow-GRPO: Training Flow Matching Models via Online RL, Liu et al. 2025, arXiv 2505.05470"
+    Config = GRPOConfig
+
+    def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
+        """Refuse groups of one."""
+        super().check(sampler, reward, plan)
+        require_group(self.name, plan, "standardises rewards")
+
+    def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
+        """Return ``advantage`` ``(B,)``, standardised within groups and clipped."""
+        advantage = torch.stack([normalize_groups(r, prompts, self.config.global_std) for r in self._terms(rewards)])
+        bound = self.config.advantage_clip
+        return Prepared({"advantage": advantage.sum(0).clamp(-bound, bound)})
+
+    def _terms(self, rewards: RewardOutput) -> list[Tensor]:
+        if self.config.mix == "total":
+            return [rewards.total]
+        # A weighted sum also lists the parts of its terms, as term/part: those are in the term already.
+        terms = [part for name, part in rewards.parts.items() if "/" not in name]
+        if not terms:
+            raise UserError("algorithm.mix: parts needs a reward with parts; use a list of rewards, or mix: total")
+        return terms
+
+    def timestep_fraction(self) -> float:
+        """Return the configured share."""
+        return self.config.timestep_fraction
+
+    def needs_reference(self) -> bool:
+        """Return whether the KL term is on."""
+        return self.config.kl_weight > 0
+
+    def accumulate(self, batch: Batch, context: Context) -> dict[str, float]:
+        """Replay the chosen steps, with the old policy's means at hand where the guard needs them."""
+        trajectory = batch.trajectory
+        assert trajectory is not None
+
+        def loss_of(view: StepView, reference: Gaussian | None) -> tuple[Tensor, dict[str, Tensor]]:
+            old_mean = None
+            if self.config.ratio == "guard":
+                # The rollout's sample less the noise it drew: the mean, up to the sample's rounding.
+                noise = keyed_noise(batch.keys, f"step{view.index}", view.mean)
+                old_mean = trajectory.step_out(view.index).to(view.mean) - view.std * noise
+            return self.step_loss(view, batch.values, reference, old_mean)
+
+        return self.train_steps(batch, context, loss_of)
+
+    def step_loss(
+        self, view: StepView, values: Mapping[str, Tensor], reference: Gaussian | None, old_mean: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the step's loss ``(B,)``, its ratio's metrics and its KL to the base model."""
+        advantage = values["advantage"].to(view.log_prob.device)
+        log_ratio = view.log_prob - view.old_log_prob
+        if old_mean is not None:
+            log_ratio = guarded_log_ratio(log_ratio, view.mean, old_mean, view.std)
+        loss = importance_sampling_loss(log_ratio, torch.zeros_like(log_ratio), advantage, self.config.clip_range)
+        stats = ratio_stats(view, self.config.clip_range)
+        stats["clip_fraction"] = ((log_ratio.detach().exp() - 1).abs() > self.config.clip_range).float()
+        if reference is not None:
+            kl = view.gaussian.kl(reference)
+            loss = loss + self.config.kl_weight * kl
+            stats["kl"] = kl.detach()
+        return loss, stats
