@@ -168,8 +168,8 @@ def report(names: Sequence[str], count: int, folder: Path | None = None, grids: 
         console.print(f"{name}: autoencoder: clauses {score.clauses:.3f}, correct {score.correct:.3f}")
         console.print(generator_table(name, pipeline, count))
         if grids is not None:
-            captions = held_out_captions(32, full=True)
-            save_grid(generate(pipeline, captions, 4.0, 20), grids / f"zoo_{name.removeprefix(PREFIX)}.png")
+            captions = held_out_captions(24, full=True)
+            save_grid(generate(pipeline, captions, 4.0, 10), grids / f"zoo_{name.removeprefix(PREFIX)}.png")
 
 
 def generator_table(name: str, pipeline: DiffusionPipeline, count: int) -> Table:
