@@ -9,13 +9,18 @@ A reward is a function or a class. The function form is what users write::
 The class form has settings and weights: it subclasses :class:`Reward`, takes its settings in ``__init__`` and
 implements :meth:`Reward.score`. Both are registered by :func:`reward` and built by :func:`build_reward`. What a
 scorer returns is checked once, here: shape, dtype and finiteness, with the scorer and the sample in the message.
+
+A scorer declares what it can do and what it needs (gradients, groups, video, metadata beside the prompt, weights and
+their licence), so that a run that asks for more stops with one line before anything is trained.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, overload
 
 import torch
@@ -38,21 +43,31 @@ class Reward(ABC):
         name: the registered name, set by the decorator.
         differentiable: scores carry gradients to the pixels (needed by reward-gradient algorithms).
         groupwise: the score of a sample depends on the other samples of its prompt.
-        video: takes ``(B, F, 3, H, W)`` frames.
+        video: takes ``(B, F, 3, H, W)`` frames itself; the frames of the others' videos are scored one by one, and
+            the mean over the frames counts.
+        needs: metadata that every sample must have: name to what it is.
+        range: the scores' range in words, e.g. ``[0, 1]``.
+        weights: where the weights come from, empty when there are none.
         licence: licence of the weights, empty when there are none.
+        settings: the settings the scorer was built with, as far as they were given.
     """
 
     name: ClassVar[str] = "unnamed"
     differentiable: ClassVar[bool] = False
     groupwise: ClassVar[bool] = False
     video: ClassVar[bool] = False
+    needs: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    range: ClassVar[str] = ""
+    weights: ClassVar[str] = ""
     licence: ClassVar[str] = ""
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Scores:
         """Score ``images`` ``(B, 3, H, W)`` in [0, 1] (frames: ``(B, F, 3, H, W)``) made for ``B`` prompts.
 
-        ``metadata`` has one mapping per sample, empty unless the prompt file carries some.
+        ``metadata`` has one mapping per sample, empty unless the prompt file carries some. What :attr:`needs` names
+        is there.
         """
 
     def modules(self) -> list[nn.Module]:
@@ -64,6 +79,39 @@ class Reward(ABC):
         for module in self.modules():
             module.to(device)
         return self
+
+    def describe(self) -> str:
+        """Return the scorer in words, with the settings that were given; what it is made of is indented below it."""
+        # What a composed reward is made of is told by the terms themselves.
+        given = ", ".join(f"{key}: {value}" for key, value in self.settings.items() if key != "of")
+        return f"{self.name} {{{given}}}" if given else self.name
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what scoring has changed and a resumed run must have back, as plain JSON values; empty for most."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned.
+
+        Raises:
+            UserError: the state is of another reward.
+        """
+        if state:
+            raise UserError(f"reward {self.name!r}: got a state with {', '.join(state)}, expected none")
+
+    def check_metadata(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Check that every sample has the metadata the scorer :attr:`needs`; a run may ask before it starts.
+
+        Raises:
+            UserError: one is missing; the message names the scorer, the metadata and the prompt.
+        """
+        for index, (prompt, extra) in enumerate(zip(prompts, metadata, strict=True)):
+            for key, meaning in self.needs.items():
+                if extra.get(key) is None:
+                    raise UserError(
+                        f"reward {self.name!r} needs {key!r} ({meaning}) in the metadata of every prompt, and sample "
+                        f"{index} (prompt {prompt!r}) has none; put it beside the prompt in the prompt file"
+                    )
 
     def __call__(
         self,
@@ -80,6 +128,7 @@ class Reward(ABC):
 
         Raises:
             ValueError: images or scores have the wrong shape, range or type; the message names the scorer.
+            UserError: metadata that the scorer needs is missing.
             NonFiniteError: a score is NaN or infinite; the message names scorer, sample and prompt.
         """
         prompts = list(prompts)
@@ -87,12 +136,22 @@ class Reward(ABC):
         extra = [{}] * len(prompts) if metadata is None else list(metadata)
         if len(extra) != len(prompts):
             raise ValueError(f"reward {self.name!r}: {len(extra)} metadata records for {len(prompts)} prompts")
-        if self.differentiable:
-            scores = self.score(images, prompts, extra)
-        else:
-            with torch.no_grad():
-                scores = self.score(images.detach(), prompts, extra)
-        return checked_output(self.name, scores, prompts)
+        self.check_metadata(prompts, extra)
+        with contextlib.nullcontext() if self.differentiable else torch.no_grad():
+            pictures = images if self.differentiable else images.detach()
+            if images.ndim == 5 and not self.video:
+                return self._over_frames(pictures, prompts, extra)
+            return checked_output(self.name, self.score(pictures, prompts, extra), prompts)
+
+    def _over_frames(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> RewardOutput:
+        """Score frame after frame, each with the same frame of the other samples, and average."""
+        if images.shape[1] == 0:
+            raise ValueError(f"reward {self.name!r} got images {tuple(images.shape)}: videos without frames")
+        return mean_output(
+            [checked_output(self.name, self.score(frame, prompts, metadata), prompts) for frame in images.unbind(1)]
+        )
 
 
 def _check_images(name: str, images: Tensor, batch: int) -> None:
@@ -112,6 +171,25 @@ def _check_images(name: str, images: Tensor, batch: int) -> None:
         raise ValueError(
             f"reward {name!r} got images in [{float(low):.3g}, {float(high):.3g}], expected [0, 1]"
         )
+
+
+def mean_output(outputs: Sequence[RewardOutput], weights: Sequence[float] | None = None) -> RewardOutput:
+    """Return the weighted mean of outputs for the same samples; equal weights by default.
+
+    Errors of the frames of one video are not independent, so the mean of their standard deviations, which is an upper
+    bound, is the mean's.
+    """
+    shares = [1 / len(outputs)] * len(outputs) if weights is None else [w / sum(weights) for w in weights]
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return sum((share * value for share, value in zip(shares, values, strict=True)), torch.zeros_like(values[0]))
+
+    known = [out.uncertainty for out in outputs if out.uncertainty is not None]
+    return RewardOutput(
+        mean([out.total for out in outputs]),
+        {key: mean([out.parts[key] for out in outputs]) for key in outputs[0].parts},
+        mean(known) if len(known) == len(outputs) else None,
+    )
 
 
 def checked_output(name: str, scores: Scores, prompts: Sequence[str]) -> RewardOutput:
@@ -168,9 +246,18 @@ def _as_scores(name: str, value: Any, prompts: Sequence[str]) -> Tensor:
 class FunctionReward(Reward):
     """A reward made of a plain function ``f(images, prompts[, metadata])``."""
 
-    def __init__(self, name: str, function: Callable[..., Scores], differentiable: bool, **settings: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Scores],
+        differentiable: bool,
+        declared: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         self.name = name  # type: ignore[misc]
         self.differentiable = differentiable  # type: ignore[misc]
+        for key, value in (declared or {}).items():
+            setattr(self, key, value)
         self._function = function
         self._settings = settings
         parameters = inspect.signature(function).parameters
@@ -189,12 +276,22 @@ REWARDS: Registry[Builder] = Registry("reward", "difftune.rewards", "difftune.re
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def reward(name: str, *, differentiable: bool = False) -> Callable[[F], F]:
+def reward(
+    name: str,
+    *,
+    differentiable: bool = False,
+    groupwise: bool = False,
+    video: bool = False,
+    needs: Mapping[str, str] | None = None,
+) -> Callable[[F], F]:
     """Register a function ``f(images, prompts) -> (B,)`` or a :class:`Reward` subclass under ``name``.
 
     Args:
         name: what the YAML and :func:`build_reward` call it.
         differentiable: for functions, whether the scores carry gradients to the pixels (a class says so itself).
+        groupwise: for functions, whether a score depends on the other samples of its prompt.
+        video: for functions, whether they take frames ``(B, F, 3, H, W)`` themselves.
+        needs: for functions, the metadata that every sample must have, name to what it is.
 
     Further keyword parameters of the function, or the parameters of the class's ``__init__``, are its settings:
     ``reward: {name: redness, threshold: 0.3}``.
@@ -208,23 +305,91 @@ def reward(name: str, *, differentiable: bool = False) -> Callable[[F], F]:
             target.name = name
             REWARDS.add(name, target, origin)
         else:
-            REWARDS.add(name, _function_builder(name, target, differentiable), origin)
+            declared = {"groupwise": groupwise, "video": video, "needs": MappingProxyType(dict(needs or {}))}
+            REWARDS.add(name, _function_builder(name, target, differentiable, declared), origin)
         return target
 
     return register
 
 
-def _function_builder(name: str, function: Callable[..., Scores], differentiable: bool) -> Builder:
+def _function_builder(
+    name: str, function: Callable[..., Scores], differentiable: bool, declared: Mapping[str, Any]
+) -> Builder:
     def build(**settings: Any) -> Reward:
-        return FunctionReward(name, function, differentiable, **settings)
+        return FunctionReward(name, function, differentiable, declared, **settings)
 
     build.__doc__ = function.__doc__
     build.__wrapped__ = function  # type: ignore[attr-defined]
     return build
 
 
-class WeightedReward(Reward):
+class ComposedReward(Reward):
+    """A reward made of others, its *terms*: their parts are logged, their networks, needs and states are its own.
+
+    Attributes:
+        terms: ``(label, weight, reward)`` triples; labels are unique.
+    """
+
+    def __init__(self, terms: Sequence[tuple[str, float, Reward]]) -> None:
+        if not terms:
+            raise UserError("reward: got an empty list, expected at least one reward")
+        self.terms = list(terms)
+        self.differentiable = all(r.differentiable for _, _, r in terms)  # type: ignore[misc]
+        self.groupwise = any(r.groupwise for _, _, r in terms)  # type: ignore[misc]
+        # Frames are passed on: each term takes them as it can.
+        self.video = True  # type: ignore[misc]
+        self.needs = {key: meaning for _, _, r in terms for key, meaning in r.needs.items()}  # type: ignore[misc]
+
+    def modules(self) -> list[nn.Module]:
+        """Return the networks of all terms, each once."""
+        found = {id(module): module for _, _, term in self.terms for module in term.modules()}
+        return list(found.values())
+
+    def to(self, device: torch.device | str) -> Reward:
+        """Move all terms to ``device`` and return it."""
+        for _, _, term in self.terms:
+            term.to(device)
+        return self
+
+    def describe(self) -> str:
+        """Return the tree, one term per line with its weight."""
+        lines = [super().describe()]
+        for _, weight, term in self.terms:
+            first, *rest = term.describe().splitlines()
+            lines += [f"  {weight:g} x {first}", *(f"  {line}" for line in rest)]
+        return "\n".join(lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the terms that have one, by label."""
+        states = {label: term.state_dict() for label, _, term in self.terms}
+        return {label: state for label, state in states.items() if state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give every term its state back."""
+        known = {label: term for label, _, term in self.terms}
+        for label in state:
+            if label not in known:
+                raise UserError(f"reward {self.name!r}: got a state of {label!r}, expected {', '.join(known)}")
+        for label, term in known.items():
+            term.load_state_dict(state.get(label, {}))
+
+    def score_terms(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[RewardOutput], dict[str, Tensor]]:
+        """Return every term's output, and the parts: totals under ``label``, parts under ``label/part``."""
+        outputs = [term(images, prompts, metadata) for _, _, term in self.terms]
+        parts: dict[str, Tensor] = {}
+        for (label, _, _), out in zip(self.terms, outputs, strict=True):
+            parts[label] = out.total
+            parts.update({f"{label}/{key}": value for key, value in out.parts.items()})
+        return outputs, parts
+
+
+class WeightedReward(ComposedReward):
     """A weighted sum of rewards; the parts are logged unweighted, under the names of the rewards.
+
+    With ``terms`` an algorithm can normalise each reward before it adds them up (GDPO): ``parts[label]`` are its
+    scores and ``weight`` its share.
 
     Attributes:
         terms: ``(label, weight, reward)`` triples.
@@ -233,28 +398,25 @@ class WeightedReward(Reward):
     name = "weighted"
 
     def __init__(self, terms: Sequence[tuple[str, float, Reward]]) -> None:
-        if not terms:
-            raise UserError("reward: got an empty list, expected at least one reward")
-        self.terms = list(terms)
+        super().__init__(terms)
         self.name = " + ".join(label for label, _, _ in terms)  # type: ignore[misc]
-        self.differentiable = all(r.differentiable for _, _, r in terms)  # type: ignore[misc]
-        self.groupwise = any(r.groupwise for _, _, r in terms)  # type: ignore[misc]
-
-    def modules(self) -> list[nn.Module]:
-        """Return the networks of all terms."""
-        return [module for _, _, term in self.terms for module in term.modules()]
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
-        """Return ``sum_i weight_i * total_i`` with every term's total and parts under ``label`` and ``label/part``."""
+        """Return ``sum_i weight_i * total_i`` with every term's total and parts under ``label`` and ``label/part``.
+
+        Uncertainties add up as those of independent scorers do: ``sigma^2 = sum_i (weight_i sigma_i)^2``, over the
+        terms that know theirs.
+        """
+        outputs, parts = self.score_terms(images, prompts, metadata)
         total: Tensor | None = None
-        parts: dict[str, Tensor] = {}
-        for label, weight, term in self.terms:
-            out = term(images, prompts, metadata)
-            parts[label] = out.total
-            parts.update({f"{label}/{key}": value for key, value in out.parts.items()})
+        variance: Tensor | None = None
+        for (_, weight, _), out in zip(self.terms, outputs, strict=True):
             total = weight * out.total if total is None else total + weight * out.total
+            if out.uncertainty is not None:
+                square = (weight * out.uncertainty) ** 2
+                variance = square if variance is None else variance + square
         assert total is not None
-        return RewardOutput(total, parts)
+        return RewardOutput(total, parts, None if variance is None else variance.sqrt())
 
 
 @overload
@@ -280,20 +442,36 @@ def build_reward(spec: Any, **settings: Any) -> Reward:
     if isinstance(spec, str):
         return _build(spec, settings)
     if isinstance(spec, Mapping):
-        weight = float(spec.get("weight", 1.0))
-        one = _build(_name_of(spec), {k: v for k, v in spec.items() if k not in ("name", "weight")})
-        return one if weight == 1.0 else WeightedReward([(one.name, weight, one)])
+        ((label, weight, one),) = build_terms([spec])
+        return one if weight == 1.0 else WeightedReward([(label, weight, one)])
     if isinstance(spec, Sequence):
-        terms: list[tuple[str, float, Reward]] = []
-        for item in spec:
-            entry = {"name": item} if isinstance(item, str) else dict(item)
-            one = _build(_name_of(entry), {k: v for k, v in entry.items() if k not in ("name", "weight")})
-            label = one.name
-            while any(label == taken for taken, _, _ in terms):
-                label += "_"
-            terms.append((label, float(entry.get("weight", 1.0)), one))
-        return WeightedReward(terms)
+        return WeightedReward(build_terms(spec))
     raise UserError(f"reward: got {type(spec).__name__}, expected a name, a mapping with a name, or a list of them")
+
+
+def build_terms(specs: Any) -> list[tuple[str, float, Reward]]:
+    """Build the terms of a composed reward: ``(label, weight, reward)``, equal names told apart by underscores.
+
+    Args:
+        specs: what :func:`build_reward` takes in a list: names, mappings with a name, rewards; or one of them.
+    """
+    items = [specs] if isinstance(specs, str | Mapping | Reward) else list(specs)
+    terms: list[tuple[str, float, Reward]] = []
+    for item in items:
+        weight = 1.0
+        if isinstance(item, Reward):
+            one = item
+        elif isinstance(item, str | Mapping):
+            entry = {"name": item} if isinstance(item, str) else dict(item)
+            weight = float(entry.get("weight", 1.0))
+            one = _build(_name_of(entry), {k: v for k, v in entry.items() if k not in ("name", "weight")})
+        else:
+            one = build_reward(item)
+        label = one.name
+        while any(label == taken for taken, _, _ in terms):
+            label += "_"
+        terms.append((label, weight, one))
+    return terms
 
 
 def _name_of(spec: Mapping[str, Any]) -> str:
@@ -312,7 +490,9 @@ def _build(name: str, settings: Mapping[str, Any]) -> Reward:
     missing = [k for k, p in allowed.items() if p.default is inspect.Parameter.empty and k not in settings]
     if missing:
         raise UserError(f"reward {name!r} needs {', '.join(missing)}: add it beside the name")
-    return builder(**settings)
+    built = builder(**settings)
+    built.settings = dict(settings)
+    return built
 
 
 def reward_settings(name: str) -> dict[str, inspect.Parameter]:

@@ -57,6 +57,7 @@ class Preprocess:
         mean: per channel, subtracted.
         std: per channel, divided by.
         mode: ``"bicubic"`` or ``"bilinear"``.
+        longest_edge: length in pixels that the longer side is resized to; the rest of the square is black.
     """
 
     shortest_edge: int | None
@@ -65,6 +66,7 @@ class Preprocess:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     mode: str = "bicubic"
+    longest_edge: int | None = None
 
     @classmethod
     def from_processor(cls, processor: Any) -> Preprocess:
@@ -106,6 +108,11 @@ class Preprocess:
             pixels = resize(pixels, target, self.mode)
         elif self.size is not None:
             pixels = resize(pixels, self.size, self.mode)
+        elif self.longest_edge is not None:
+            scale = self.longest_edge / max(height, width)
+            pixels = resize(pixels, (round(height * scale), round(width * scale)), self.mode)
+            tall, wide = (self.longest_edge - side for side in pixels.shape[-2:])
+            pixels = functional.pad(pixels, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2))
         if self.crop is not None:
             pixels = _centre_crop(pixels, *self.crop)
         mean = pixels.new_tensor(self.mean).view(-1, 1, 1)

@@ -53,6 +53,8 @@ class _JpegSize(Reward):
 class JpegCompressibility(_JpegSize):
     """Minus the size of the JPEG file in kB: small files, plain pictures."""
 
+    range = "below 0, kB"
+
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Return ``(B,)``, -kB."""
         return -self._size(images)
@@ -61,6 +63,8 @@ class JpegCompressibility(_JpegSize):
 @reward("jpeg_incompressibility")
 class JpegIncompressibility(_JpegSize):
     """The size of the JPEG file in kB: large files, busy pictures."""
+
+    range = "above 0, kB"
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Return ``(B,)``, kB."""

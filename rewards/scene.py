@@ -51,6 +51,7 @@ class SceneReward(Reward):
     """
 
     video = True
+    range = "[0, 1]"
 
     def __init__(self, correct: Literal["mean", "all"] = "mean") -> None:
         if correct not in ("mean", "all"):
