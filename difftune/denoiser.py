@@ -44,7 +44,13 @@ class Tap:
         checkpointing: bool = False,
         around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> Iterator[Tap]:
-        """Tap the modules for the time of the block; ``decide()`` is asked before each pass, which runs in ``around()``."""
+        """Tap the modules for the time of the block.
+
+        Args:
+            decide: asked before each forward pass.
+            checkpointing: recompute the passes with gradients in the backward pass.
+            around: what a pass that is run runs in.
+        """
         originals: list[tuple[nn.Module, bool, Any]] = []
         for name, module in self._modules.items():
             originals.append((module, "forward" in vars(module), module.forward))

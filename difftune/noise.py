@@ -1,8 +1,9 @@
 """Noise that belongs to the samples, not to the batch: one stream per key, whoever draws from it.
 
-The sampler's own draws are keyed by (seed, epoch, prompt, sample) and a stream's name. Pipelines draw too: x_T, the noise
-of an init image, posterior samples of the VAE. Most take a list of generators, one per sample. For those that take a
-single generator, or draw without one, :class:`KeyedDraws` gives each row of what is drawn its own sample's stream.
+The sampler's own draws are keyed by (seed, epoch, prompt, sample) and a stream's name. Pipelines draw too: x_T, the
+noise of an init image, posterior samples of the VAE. Most take a list of generators, one per sample. For those that
+take a single generator, or draw without one, :class:`KeyedDraws` gives each row of what is drawn its own sample's
+stream.
 """
 
 from __future__ import annotations

@@ -288,7 +288,13 @@ class Policy:
 
     def to(self, device: torch.device | str) -> Policy:
         """Move the pipeline and the stored adapters to ``device`` and return the policy."""
-        self.pipe.to(device)
+        modules = [m for m in getattr(self.pipe, "components", {}).values() if isinstance(m, nn.Module)]
+        if any(not hasattr(module, "dtype") for module in modules):
+            # diffusers' own .to() asks every module for its dtype, which a plain nn.Module does not have.
+            for module in modules:
+                module.to(device)
+        else:
+            self.pipe.to(device)
         for values in (*self._stored.values(), *([self._initial] if self._initial else [])):
             for key in values:
                 values[key] = values[key].to(device)

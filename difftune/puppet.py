@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,6 +126,9 @@ class _Grid:
     #: Entries at the end of ``timesteps`` that name where the last step lands and are not stepped from.
     terminal = 0
 
+    #: Whether the pipeline takes no other number of steps than the one it was distilled for.
+    keeps_steps = False
+
     def levels(self, scheduler: Any, timestep: float, position: int) -> tuple[Level, Level]:
         """Return the levels a step at ``position`` of ``scheduler.timesteps`` starts from and lands on."""
         raise NotImplementedError
@@ -143,6 +147,9 @@ class _Grid:
         kind: PredictionType = scheduler.config.get("prediction_type", "epsilon")
         x0, noise = tr.split_prediction(output, x, level, kind)
         return _clipped(scheduler, x0, noise, x, level)
+
+    def remember(self, scheduler: Any) -> None:
+        """Take note of the timesteps and sigmas that the pipeline has just set."""
 
     def oriented(self, scheduler: Any, output: Tensor) -> Tensor:
         """Return the model's output in this module's conventions (flow velocities point at the noise)."""
@@ -240,6 +247,7 @@ class _Trig(_Grid):
 
     family = "lcm"
     terminal = 1
+    keeps_steps = True
 
     def levels(self, scheduler: Any, timestep: float, position: int) -> tuple[Level, Level]:
         times = scheduler.timesteps
@@ -307,7 +315,24 @@ class _Flow(_Sigmas):
         return self._scale(scheduler) * (1 - u if scheduler.config.get("invert_sigmas", False) else u)
 
     def sigma_of(self, scheduler: Any, timestep: float) -> float:
-        return timestep / self._scale(scheduler)
+        table = scheduler._difftune.table
+        if table is None:
+            return timestep / self._scale(scheduler)
+        # CogView4 shifts its sigmas but not its timesteps: what a timestep means is what the pipeline made of it.
+        return float(np.interp(timestep, *table))
+
+    def remember(self, scheduler: Any) -> None:
+        times, sigmas = scheduler.timesteps.double().tolist(), scheduler.sigmas.double().tolist()
+        scale = self._scale(scheduler)
+        state: PuppetState = scheduler._difftune
+        known = 0 if state.table is None else len(state.table[0]) - 2
+        if len(times) < known or len(sigmas) < len(times):
+            return
+        pairs = sorted(zip(times, sigmas[: len(times)], strict=True))
+        if max(abs(sigma - time / scale) for time, sigma in pairs) < 2e-3:
+            state.table = None
+        else:
+            state.table = [0.0, *(t for t, _ in pairs), scale], [0.0, *(s for _, s in pairs), 1.0]
 
     @staticmethod
     def _scale(scheduler: Any) -> float:
@@ -340,6 +365,12 @@ class _ExplodingSigmas(_Sigmas):
 
     def to_level(self, scheduler: Any, sigma: float) -> Level:
         return Level(1.0, sigma)
+
+    def timestep_at(self, scheduler: Any, u: float) -> float:
+        if scheduler.config.get("timestep_type") != "continuous":
+            return super().timestep_at(scheduler, u)
+        low, high = scheduler.config.sigma_min, scheduler.config.sigma_max
+        return 0.25 * math.log(low ** (1 - u) * high**u)
 
     def split(self, scheduler: Any, output: Tensor, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         kind = scheduler.config.get("prediction_type", "epsilon")
@@ -462,6 +493,7 @@ class PuppetState:
         self.index = 0
         self.position: int | None = None
         self.batch: int | None = None
+        self.table: tuple[list[float], list[float]] | None = None
         self.fold: str | None = None
         self.entered = False
 
@@ -541,7 +573,10 @@ def _puppet_class(native: type) -> type:
             "trains pipelines with one"
         )
 
-    namespace = {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": deepcopied}
+    namespace: dict[str, Any] = {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": deepcopied}
+    if not hasattr(native, "scale_model_input"):
+        # Pipelines that compare types rather than ask (Bria) take the puppet for a scheduler that scales.
+        namespace["scale_model_input"] = lambda self, sample, timestep=None: sample
     return type(native.__name__, (native,), {**namespace, "__module__": native.__module__})
 
 
@@ -553,16 +588,22 @@ class StepOutput:
     pred_original_sample: Tensor
     denoised: Tensor
 
+    def __getitem__(self, key: int | str) -> Tensor:
+        """Return a field by its name or number, as diffusers' outputs do."""
+        fields = (self.prev_sample, self.pred_original_sample)
+        return getattr(self, key) if isinstance(key, str) else fields[key]
+
 
 def _reset(scheduler: Any) -> None:
     state: PuppetState = scheduler._difftune
-    # The index counts on: a pipeline with several loops (one per section, one per free-init round) is one list of steps.
+    # The index counts on: several loops (one per section, one per free-init round) are one list of steps.
     state.position = None
     scheduler.__dict__.pop("_difftune_sigmas", None)
     if type(scheduler).__name__ == "PNDMScheduler":
         # Its multistep warm-up repeats timesteps; single steps visit each once.
         seen = dict.fromkeys(scheduler.timesteps.tolist())
         scheduler.timesteps = torch.tensor(list(seen), device=scheduler.timesteps.device)
+    state.grid.remember(scheduler)
     if state.driver is not None:
         state.driver.timesteps(scheduler)
 
@@ -576,6 +617,12 @@ def _position(scheduler: Any, timestep: Any) -> int:
             matches = (scheduler.timesteps == timestep).nonzero().flatten()
             begin = int(matches[0]) if len(matches) else 0
         state.position = int(begin)
+        return state.position
+    times = scheduler.timesteps
+    if state.position >= len(times) or not bool(times[state.position] == timestep):
+        # A loop that starts over on the same timesteps, or leaves some out.
+        matches = (times == timestep).nonzero().flatten()
+        state.position = int(matches[0]) if len(matches) else min(state.position, len(times) - 1)
     return state.position
 
 

@@ -329,13 +329,21 @@ class Sampler:
         """
         prompts = tuple(prompts)
         keys = sample_keys(prompts, 0, 0) if keys is None else tuple(keys)
-        driver = _Prober(points, on_point, grad)
-        self._drive(driver, prompts, keys, conditions or {}, steps=self._probing_steps(len(points), conditions or {}))
-        if driver.visited < len(points):
-            raise UserError(
-                f"probe: {type(self.policy.pipe).__name__} came by {driver.visited} of {len(points)} points; its loop "
-                "leaves out more steps than `strength` says"
-            )
+        if not points:
+            raise ValueError("no point to probe")
+        conditions = conditions or {}
+        keeps_steps = self._puppet._difftune.grid.keeps_steps
+        size = max(self.steps - 1, 1) if keeps_steps else len(points)
+        for start in range(0, len(points), size):
+            part = points[start : start + size]
+            driver = _Prober(part, on_point, grad, start)
+            steps = self.steps if keeps_steps else self._probing_steps(len(part), conditions)
+            self._drive(driver, prompts, keys, conditions, steps=steps)
+            if driver.visited < len(part):
+                raise UserError(
+                    f"probe: {type(self.policy.pipe).__name__} came by {driver.visited} of {len(part)} points; its "
+                    "loop leaves out more steps than `strength` says"
+                )
 
     def _probing_steps(self, points: int, conditions: Mapping[str, Any]) -> int:
         """Return how many steps to ask for so that the loop has at least one step more than there are points."""
@@ -344,8 +352,7 @@ class Sampler:
         strength = conditions.get("strength", self._fixed.get("strength", default))
         if not isinstance(strength, (int, float)) or not 0 < strength < 1:
             strength = 1.0
-        steps = points + 1 if strength == 1 else math.ceil((points + 1) / strength) + 1
-        return max(steps, self.steps) if self._puppet._difftune.grid.terminal else steps
+        return points + 1 if strength == 1 else math.ceil((points + 1) / strength) + 1
 
     def level(self, timestep: float) -> Level:
         """Return the noise level of a training timestep (diffusion: an index; flow: t * num_train_timesteps)."""
@@ -440,7 +447,7 @@ class Sampler:
                 )
                 for owner, name in self._seats:
                     vars(owner)[name] = self._puppet
-                return self._call(driver, keys, arguments)
+                return self._call(driver, keys, arguments, conditions)
         except _LoopLeft:
             # What the pipeline would have done after its loop.
             for module, processor in processors.items():
@@ -457,21 +464,25 @@ class Sampler:
         modules = [m for module in self.policy.denoisers.values() for m in module.modules()]
         return {module: module.processor for module in modules if "processor" in vars(module)}
 
-    def _call(self, driver: Any, keys: tuple[SampleKey, ...], arguments: dict[str, Any]) -> Any:
+    def _call(
+        self, driver: Any, keys: tuple[SampleKey, ...], arguments: dict[str, Any], conditions: Mapping[str, Any]
+    ) -> Any:
         """Call the pipeline in the first form it takes; the form is remembered.
 
         Forms: a list of prompts with a list of generators; a list of prompts with one generator that stands for all
-        (:class:`~difftune.noise.KeyedGenerator`); for one sample, its prompt as a string.
+        (:class:`~difftune.noise.KeyedGenerator`); for one sample, its prompt and conditions without a list around them.
         """
         state = self._puppet._difftune
-        forms = range(3 if len(keys) == 1 else 2) if self._form is None else (self._form,)
+        forms: Sequence[int] = range(3 if len(keys) == 1 else 2)
+        if self._form is not None:
+            forms = (self._form,)
         failure: Exception | None = None
         for form in forms:
             torch.manual_seed(keys[0].seed)
             state.begin(driver, len(keys))
             calls = self._tap.calls
             try:
-                out = self._unwrapped_if_strict(driver, len(keys), self._in_form(form, keys, arguments))
+                out = self._unwrapped_if_strict(driver, len(keys), self._in_form(form, keys, arguments, conditions))
             except _LoopLeft:
                 self._form = form
                 raise
@@ -486,7 +497,9 @@ class Sampler:
         assert failure is not None
         raise failure
 
-    def _in_form(self, form: int, keys: tuple[SampleKey, ...], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _in_form(
+        self, form: int, keys: tuple[SampleKey, ...], arguments: Mapping[str, Any], conditions: Mapping[str, Any]
+    ) -> dict[str, Any]:
         given = dict(arguments)
         if "generator" in self._parameters or self._takes_anything():
             single = form > 0
@@ -495,7 +508,8 @@ class Sampler:
             )
         if form == 2:
             for name, value in given.items():
-                if name.endswith("prompt") and isinstance(value, (list, tuple)) and len(value) == 1:
+                listed = isinstance(value, (list, tuple)) and len(value) == 1
+                if listed and (name.endswith("prompt") or name in conditions):
                     given[name] = value[0]
         return given
 
@@ -716,11 +730,10 @@ class _Prober(_Driver):
     """Dictates (t, x_t): a first step that is not evaluated leads to the first point, each point to the next."""
 
     def __init__(
-        self, points: Sequence[tuple[float, Tensor]], on_point: Callable[[PointView], Any], grad: bool
+        self, points: Sequence[tuple[float, Tensor]], on_point: Callable[[PointView], Any], grad: bool, offset: int
     ) -> None:
-        if not points:
-            raise ValueError("no point to probe")
         self._points = points
+        self._offset = offset
         self._on_point = on_point
         self._grad = grad
         self._padding = 1
@@ -732,7 +745,9 @@ class _Prober(_Driver):
         # Points come last: image-to-image pipelines begin in the middle of the list. At least one step precedes them.
         have = len(scheduler.timesteps) - scheduler._difftune.grid.terminal
         self._padding = max(have - len(times), 1)
-        override_timesteps(scheduler, [times[0]] * self._padding + times)
+        # All different from one another and from the points, so that where a loop begins can be told by its timestep.
+        native = [t for t in scheduler.timesteps[:have].tolist() if t not in times] or times
+        override_timesteps(scheduler, native[: self._padding] + times)
 
     def action(self, index: int) -> Action:
         if self._next is None or self._next < 0:
@@ -745,7 +760,7 @@ class _Prober(_Driver):
             self.visited += 1
             self._on_point(
                 PointView(
-                    index=point,
+                    index=self._offset + point,
                     timestep=prediction.timestep,
                     level=prediction.now,
                     x_t=prediction.sample,
@@ -804,9 +819,9 @@ def find_scheduler(pipe: Any) -> list[tuple[Any, str]]:
     if not name:
         named = [key for key, value in vars(pipe).items() if hasattr(value, "set_timesteps") and hasattr(value, "step")]
         if len(named) != 1:
+            found = "several schedulers: " + ", ".join(named) if named else "no scheduler"
             raise UserError(
-                f"{type(pipe).__name__} has {'no scheduler' if not named else 'several schedulers: ' + ', '.join(named)}"
-                "; difftune trains pipelines with one denoising loop, whose scheduler is called scheduler"
+                f"{type(pipe).__name__} has {found}; expected one denoising loop, with its scheduler as .scheduler"
             )
         name = named[0]
     native = getattr(pipe, name)
@@ -851,34 +866,45 @@ def _require_finite(values: Tensor, what: str, prompts: Sequence[str]) -> None:
         )
 
 
+#: Fields of diffusers' output classes that hold what was sampled, and whether it is a picture with values in [0, 1].
+_OUTPUTS = {
+    "images": True,
+    "frames": True,
+    "sample": True,
+    "audios": False,
+    "prediction": False,
+    "image_embeds": False,
+    "image_embeddings": False,
+}
+
+
 def to_images(out: Any, batch: int) -> Tensor:
     """Turn a pipeline's output into images ``(B, 3, H, W)`` or frames ``(B, F, 3, H, W)``, fp32 in [0, 1].
 
     Tensors keep their graph. Understands the output classes of diffusers (``images``, ``frames``), tuples, numpy
-    arrays ``(B, H, W, 3)`` and lists of PIL images.
+    arrays ``(B, H, W, 3)`` and lists of PIL images. What is no picture comes as it is: audio ``(B, channels,
+    samples)``, predicted maps, the embeddings of a prior.
 
     Raises:
         UserError: the output is none of these.
     """
-    value = out
-    for name in ("images", "frames", "sample"):
-        if hasattr(value, name):
-            value = getattr(value, name)
-            break
-    else:
-        if isinstance(value, tuple):
-            value = value[0]
+    name = next((name for name in _OUTPUTS if getattr(out, name, None) is not None), None)
+    value = getattr(out, name) if name is not None else out[0] if isinstance(out, tuple) else out
+    picture = _OUTPUTS.get(name or "images", True)
     if isinstance(value, list) and value and isinstance(value[0], Tensor):
         value = torch.stack(value)
     if not isinstance(value, Tensor):
         array = np.asarray(value) if isinstance(value, np.ndarray) else _pil_arrays(value)
         if array is None:
             raise UserError(f"the pipeline returned {type(out).__name__}, expected images or frames")
-        value = torch.from_numpy(np.ascontiguousarray(array)).movedim(-1, -3)
+        value = torch.from_numpy(np.ascontiguousarray(array))
+        value = value.movedim(-1, -3) if picture else value
         value = value.float() / 255 if array.dtype == np.uint8 else value.float()
-    if value.ndim not in (4, 5) or len(value) != batch:
+    if len(value) != batch or value.ndim < 2 or (picture and value.ndim not in (4, 5)):
         raise UserError(f"the pipeline returned a tensor of shape {tuple(value.shape)} for {batch} prompts")
-    return value.float().clamp(0, 1)
+    if picture and value.ndim == 5 and value.shape[1] in (1, 3) and value.shape[2] not in (1, 3):
+        value = value.movedim(1, 2)
+    return value.float().clamp(0, 1) if picture else value.float()
 
 
 def _pil_arrays(value: Any) -> np.ndarray | None:
