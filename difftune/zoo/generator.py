@@ -8,6 +8,7 @@ teaches the unconditional prediction that guidance needs.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -276,3 +277,8 @@ def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
         encoder, tokenizer = silent_t5(pipeline.transformer.config.joint_attention_dim)
         components |= {"text_encoder_3": encoder.half(), "tokenizer_3": tokenizer}
     type(pipeline)(**components).save_pretrained(folder)
+    for file in folder.rglob("*.json"):
+        # Where a part was loaded from is a path of the machine that trained it.
+        content = json.loads(file.read_text())
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
