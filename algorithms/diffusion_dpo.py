@@ -1,0 +1,117 @@
+r"""Diffusion-DPO and Flow-DPO: preferences on the forward process (Wallace et al. 2023; Liu et al. 2025).
+
+Winner and loser are noised with the *same* noise to the *same* level; the model must improve on the base model more for
+the winner than for the loser. With m the squared error of the noise (on flow models of the velocity, Flow-DPO),
+
+.. math::  L = -\log \sigma\Big(-\frac{\beta}{2}\big[(m^w_\theta - m^w_{\mathrm{ref}})
+               - (m^l_\theta - m^l_{\mathrm{ref}})\big]\Big).
+
+At theta = ref the loss is ln 2, and exchanging winner and loser gives 1 - e^{-L} for e^{-L}.
+
+Which variant this is, and how popular code differs. Errors are *means* over dimensions (a beta for sums is beta / d),
+as in the authors' code, whose beta of 5000 holds the paper's constants. Flow-DPO's own beta of 500 is for sums;
+flow_grpo's images use 100 for means. ``schedule: derived`` is the paper's beta (1 - t)^2 on flow models, the same as
+errors of the noise with a constant beta: the authors (VideoAlign) warn that it hacks the reward, and use the constant.
+The loss can fall by a larger error on the loser, too: watch ``winner_error``. Pairs come from the reward, within a
+prompt, on samples of the current model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from difftune.advantage import pairs_of, preference_units
+from difftune.algorithm import (
+    Batch,
+    Plan,
+    Point,
+    Prepared,
+    SampleAlgorithm,
+    SampleConfig,
+    algorithm,
+    require_group,
+)
+from difftune.reward import Reward
+from difftune.sampler import Sampler
+from difftune.types import RewardOutput
+
+#: Beta in the unit of mean errors, by what the model predicts.
+BETA = {"noise": 5000.0, "velocity": 100.0}
+
+
+class DiffusionDPOConfig(SampleConfig):
+    """Settings of Diffusion-DPO and Flow-DPO."""
+
+    lr: float = Field(2e-5, gt=0, description="Learning rate of AdamW (Diffusion-DPO's 1e-8 times its batch of 2048).")
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="Strength of the preference in mean squared errors; null: 5000 on noise (the authors), 100 on "
+        "velocity (flow_grpo).",
+    )
+    schedule: Literal["constant", "derived"] = Field(
+        "constant",
+        description="beta as it is, or beta (1 - t)^2 on flow models: derived in the paper, which warns of hacking.",
+    )
+    pairs: Literal["best_worst", "all"] = Field(
+        "best_worst", description="Compare a prompt's best sample with its worst, or all of its samples."
+    )
+    margin: float = Field(0.0, ge=0, description="Rewards that differ by no more than this make no pair.")
+
+
+def preference_logit(winner: Tensor, loser: Tensor, beta: float) -> Tensor:
+    """Return -(beta / 2) (Delta_w - Delta_l), ``(P,)``, of errors less the base model's."""
+    return -0.5 * beta * (winner - loser)
+
+
+def preference_loss(winner: Tensor, loser: Tensor, beta: float) -> Tensor:
+    """Return -log sigmoid of :func:`preference_logit`, ``(P,)``."""
+    return -F.logsigmoid(preference_logit(winner, loser, beta))
+
+
+@algorithm("diffusion_dpo")
+class DiffusionDPO(SampleAlgorithm):
+    """Diffusion-DPO and Flow-DPO; see the module's docstring."""
+
+    paper = "Diffusion Model Alignment Using Direct Preference Optimization, Wallace et al. 2023, arXiv 2311.12908"
+    Config = DiffusionDPOConfig
+    shared_noise = True
+
+    def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
+        """Refuse runs without pairs."""
+        super().check(sampler, reward, plan)
+        require_group(self.name, plan, "compares")
+
+    def adapters(self) -> tuple[str, ...]:
+        """Return the base model."""
+        return ("reference",)
+
+    def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
+        """Return the samples that are compared; prompts of equal rewards are left out."""
+        units = preference_units(rewards.total, prompts, self.config.pairs, self.config.margin)
+        return Prepared({"reward": rewards.total}, units)
+
+    def beta_at(self, point: Point) -> float:
+        """Return beta at a noise level: constant, or times (1 - t)^2 on flow models."""
+        beta = BETA[point.space] if self.config.beta is None else self.config.beta
+        derived = self.config.schedule == "derived" and point.space == "velocity"
+        return beta * (1 - point.level.sigma) ** 2 if derived else beta
+
+    def point_loss(self, point: Point, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the losses ``(P,)`` of the pairs."""
+        pairs = pairs_of(batch.values["reward"], batch.units, self.config.margin)
+        error = point.error()
+        delta = error - point.error("reference")
+        winner, loser = delta[pairs.winners], delta[pairs.losers]
+        loss = preference_loss(winner, loser, self.beta_at(point))
+        stats = {
+            "implicit_accuracy": (winner < loser).float(),
+            "winner_error": error[pairs.winners].detach(),
+            "loser_error": error[pairs.losers].detach(),
+        }
+        return loss * pairs.weights.to(loss), stats

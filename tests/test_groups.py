@@ -1,0 +1,135 @@
+"""GRPO and DPOK: group advantages, the two surrogates, the step KL, the guard, settings that stand for papers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chains
+import pytest
+import torch
+
+from difftune.advantage import normalize_groups
+from difftune.algorithm import Plan, build_algorithm
+from difftune.algorithms.dpok import clamped_loss
+from difftune.algorithms.grpo import guarded_log_ratio
+from difftune.reward import FunctionReward
+from difftune.sampler import StepView
+from difftune.transition import Gaussian, flow_sde
+from difftune.types import RewardOutput, UserError
+
+PROMPTS = ["a", "a", "a", "b", "b"]
+REWARDS = torch.tensor([1.0, 2.0, 6.0, 4.0, 5.0])
+
+
+def test_group_advantages_sum_to_zero_and_know_no_affine_map() -> None:
+    """C24, for both divisors."""
+    for global_std in (False, True):
+        grpo = build_algorithm("grpo", global_std=global_std)
+        advantage = grpo.prepare(PROMPTS, RewardOutput(REWARDS)).values["advantage"]
+        assert float(advantage[:3].sum()) == pytest.approx(0, abs=1e-5)
+        again = grpo.prepare(PROMPTS, RewardOutput(3 * REWARDS - 7)).values["advantage"]
+        torch.testing.assert_close(advantage, again, atol=3e-4, rtol=0)
+        flat = grpo.prepare(PROMPTS, RewardOutput(torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0]))).values["advantage"]
+        assert flat.eq(0).all()
+        assert grpo.prepare(["x"], RewardOutput(torch.tensor([3.0]))).values["advantage"].eq(0).all()
+
+
+def test_parts_are_standardised_apart() -> None:
+    """C128: each part's scale drops out, which it does not when totals are standardised."""
+    parts = {"x": REWARDS, "y": REWARDS.flip(0)}
+    scaled = {"x": REWARDS, "y": 100 * REWARDS.flip(0), "y/inner": REWARDS * 7}
+    grpo = build_algorithm("grpo", mix="parts", global_std=False)
+    a = grpo.prepare(PROMPTS, RewardOutput(parts["x"] + parts["y"], parts)).values["advantage"]
+    b = grpo.prepare(PROMPTS, RewardOutput(scaled["x"] + scaled["y"], scaled)).values["advantage"]
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
+    assert not torch.allclose(normalize_groups(scaled["x"] + scaled["y"], PROMPTS), b, atol=0.1)
+    with pytest.raises(UserError, match="mix: parts needs a reward with parts"):
+        grpo.prepare(PROMPTS, RewardOutput(REWARDS))
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize(("ratio", "slope"), [(1.0, 1.0), (1.05, 1.05), (1.2, 0.0), (0.8, 0.0)])
+def test_a_plain_clamp_has_no_gradient_outside_the_band(ratio: float, slope: float, advantage: float) -> None:
+    """C27: on either side and for either sign, unlike PPO's maximum (test_ddpo)."""
+    log_prob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    clamped_loss(log_prob, torch.zeros(1, dtype=torch.float64), torch.tensor([advantage]), 0.1).sum().backward()
+    assert log_prob.grad is not None
+    assert float(log_prob.grad) == pytest.approx(-advantage * slope, abs=1e-10)
+
+
+def test_the_kl_of_two_sde_steps_is_the_papers() -> None:
+    """C75: |dt| / 2 (g (1 - t) / (2 t) + 1 / g)^2 dv^2 per dimension."""
+    t, s, eta = 0.6, 0.5, 0.7
+    x = torch.randn(3, 5, dtype=torch.float64)
+    v, w = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    g = eta * math.sqrt(t / (1 - t))
+    kl = flow_sde(x, v, t, s, eta, 0.9).kl(flow_sde(x, w, t, s, eta, 0.9))
+    expected = (t - s) / 2 * (g * (1 - t) / (2 * t) + 1 / g) ** 2 * (v - w).square().mean(1)
+    torch.testing.assert_close(kl, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_the_guard_leaves_the_noise_times_the_shift() -> None:
+    """std (log w + |shift|^2 / (2 std^2)) is the mean over dimensions of noise times shift: no bias, no scale."""
+    torch.manual_seed(0)
+    mean, noise = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
+    shift, std = 0.1 * torch.randn(4, 7, dtype=torch.float64), 0.3
+    x = mean + std * noise
+    log_ratio = Gaussian(mean + shift, std).log_prob(x) - Gaussian(mean, std).log_prob(x)
+    guarded = guarded_log_ratio(log_ratio, mean + shift, mean, std)
+    torch.testing.assert_close(guarded, (noise * shift).mean(1), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("chain", ["diffusion", "flow"])
+@pytest.mark.parametrize("settings", [{}, {"ratio": "guard"}, {"timestep_fraction": 0.6, "global_std": False}])
+def test_the_first_update_has_ratio_one_and_loss_minus_the_mean_advantage(chain: str, settings: dict[str, Any]) -> None:
+    """C20 through the sampler, for each setting."""
+    sampler = chains.sampler(chain)
+    grpo: Any = build_algorithm("grpo", kl_weight=0.0, **settings)
+    traj = sampler.rollout(["a"] * 4)
+    advantage = torch.tensor([1.0, -2.0, 0.5, 2.0])
+
+    def check(view: StepView) -> None:
+        old_mean = None
+        if settings.get("ratio") == "guard":
+            from difftune.noise import keyed_noise
+
+            noise = keyed_noise(traj.keys, f"step{view.index}", view.mean)
+            old_mean = traj.step_out(view.index) - view.std * noise
+            torch.testing.assert_close(old_mean, view.mean.detach(), atol=1e-5, rtol=0)
+        loss, stats = grpo.step_loss(view, {"advantage": advantage}, None, old_mean)
+        torch.testing.assert_close(loss.detach(), -advantage, atol=1e-5, rtol=0)
+        assert stats["ratio"].eq(1).all() and stats["clip_fraction"].eq(0).all()
+
+    sampler.replay(traj, check)
+
+
+@pytest.mark.parametrize("dynamics", ["flow_sde", "dance_sde", "cps"])
+def test_every_published_dynamics_trains(dynamics: str) -> None:
+    sampler = chains.sampler("flow", dynamics=dynamics, eta=0.5, window=[1, 2])
+    traj = sampler.rollout(["a"] * 3)
+    assert traj.stochastic_steps == [1, 2]
+    grpo: Any = build_algorithm("grpo", kl_weight=0.0)
+    values = {"advantage": torch.tensor([1.0, -1.0, 0.5])}
+    sampler.replay(traj, lambda view: grpo.step_loss(view, values, None)[0].mean().backward())
+    assert float(sampler.policy.parameters()[0].grad.norm()) > 0  # type: ignore[union-attr]
+
+
+def test_dpok_subtracts_what_a_prompt_usually_gets() -> None:
+    dpok = build_algorithm("dpok")
+    first = dpok.prepare(PROMPTS, RewardOutput(REWARDS)).values["advantage"]
+    torch.testing.assert_close(first, torch.tensor([-2.0, -1.0, 3.0, -0.5, 0.5]))
+    second = dpok.prepare(["a"], RewardOutput(torch.tensor([3.0]))).values["advantage"]
+    assert float(second[0]) == pytest.approx(0.0, abs=1e-6)  # the mean of 1, 2, 6 and 3
+    again = build_algorithm("dpok")
+    again.load_state_dict(dpok.state_dict())
+    assert again.state_dict() == dpok.state_dict()
+    plain = build_algorithm("dpok", baseline="none").prepare(PROMPTS, RewardOutput(REWARDS)).values["advantage"]
+    torch.testing.assert_close(plain, REWARDS)
+
+
+@pytest.mark.parametrize("name", ["grpo", "d3po", "diffusion_dpo", "rdp", "kto", "nft", "awm"])
+def test_single_samples_are_refused_with_the_reason(name: str) -> None:
+    reward = FunctionReward("r", lambda images, prompts: images.flatten(1).mean(1), True)
+    with pytest.raises(UserError, match="within a prompt's samples, and samples_per_prompt is 1; set train"):
+        build_algorithm(name).check(chains.sampler("flow"), reward, Plan(8, 1, 1))

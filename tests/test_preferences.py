@@ -1,0 +1,244 @@
+"""Pairs, D3PO, Diffusion-DPO and Flow-DPO, Diffusion-KTO: labels, identities at the reference, optima."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chains
+import pytest
+import torch
+
+from difftune.advantage import Pairs, pairs_of, preference_units
+from difftune.algorithm import Endpoints, Point, build_algorithm, squared_error
+from difftune.algorithms import d3po, diffusion_dpo, kto
+from difftune.transition import Level
+from difftune.types import RewardOutput
+
+LN2 = math.log(2)
+PROMPTS = ["a", "a", "a", "b", "b", "c"]
+REWARDS = torch.tensor([1.0, 3.0, 2.0, 4.0, 4.0, 9.0])
+
+
+def double(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------
+
+
+def test_units_are_the_best_and_worst_or_the_whole_prompt() -> None:
+    assert preference_units(REWARDS, PROMPTS) == [[1, 0]]  # b is tied, c is alone
+    assert preference_units(REWARDS, PROMPTS, "all") == [[0, 1, 2]]
+    assert preference_units(REWARDS, PROMPTS, margin=2.0) == []
+
+
+def test_pairs_are_ordered_and_every_sample_counts_the_same() -> None:
+    pairs = pairs_of(REWARDS, [[0, 1, 2], [3, 4], [5, 3]])
+    assert list(zip(pairs.winners.tolist(), pairs.losers.tolist(), strict=True)) == [(1, 0), (2, 0), (1, 2), (5, 3)]
+    # Three pairs share the first unit's three samples, the second unit has none, the third has one for two samples.
+    torch.testing.assert_close(pairs.weights * 7 / 4, torch.tensor([1.0, 1.0, 1.0, 2.0]))
+    tied = pairs_of(REWARDS, [[3, 4]], ties=True)
+    assert len(tied) == 1 and tied.weights.tolist() == [1.0]
+    assert len(pairs_of(REWARDS, [[0, 1, 2]], margin=1.0)) == 1
+
+
+def test_pairs_follow_the_samples_when_the_batch_is_permuted() -> None:
+    order = [2, 0, 1]
+    a, b = pairs_of(REWARDS[:3], [[0, 1, 2]]), pairs_of(REWARDS[order], [[0, 1, 2]])
+    names = {(order[w], order[x]) for w, x in zip(b.winners.tolist(), b.losers.tolist(), strict=True)}
+    assert names == set(zip(a.winners.tolist(), a.losers.tolist(), strict=True))
+
+
+# -- D3PO --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("log_ratio", "slope"), [(0.0, -0.05), (0.2, 0.0), (-0.2, 0.0)])
+def test_d3pos_gradient_ends_at_the_clamp(log_ratio: float, slope: float) -> None:
+    """C43: -beta / 2 at the reference, exactly 0 beyond 1 +- 0.1."""
+    winner = double(log_ratio).requires_grad_()
+    loss = d3po.preference_loss(winner, double(0.0), 0.1, 0.1)
+    loss.sum().backward()
+    assert winner.grad is not None
+    assert float(winner.grad) == pytest.approx(slope, abs=1e-6)
+
+
+def test_both_preference_losses_are_ln_2_at_the_reference() -> None:
+    """C47."""
+    zero = double(0.0)
+    assert float(d3po.preference_loss(zero, zero, 0.1, 0.1)) == pytest.approx(LN2, abs=1e-12)
+    assert float(diffusion_dpo.preference_loss(zero, zero, 5000.0)) == pytest.approx(LN2, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["d3po", "diffusion_dpo"])
+@pytest.mark.parametrize("chain", ["diffusion", "flow"])
+@pytest.mark.parametrize("pairs", ["best_worst", "all"])
+def test_the_first_update_costs_ln_2(name: str, chain: str, pairs: str) -> None:
+    """C47 through the trainer, for any number of pairs and any cut into micro-batches."""
+    from difftune.reward import FunctionReward
+    from difftune.trainer import Trainer
+
+    sampler = chains.sampler(chain)
+    trainer = Trainer(
+        policy=sampler.policy, sampler=sampler, algorithm=build_algorithm(name, pairs=pairs),
+        reward=FunctionReward("mean", lambda images, prompts: images.flatten(1).mean(1), True),
+        prompts=["a", "b"], epochs=1, prompts_per_epoch=2, samples_per_prompt=5, updates_per_epoch=1, micro_batch=5,
+    )  # fmt: skip
+    metrics = next(iter(trainer))
+    assert metrics["loss"] == pytest.approx(LN2, abs=1e-5)
+
+
+def test_d3po_takes_the_ratio_to_the_base_model_not_to_the_sampling_one() -> None:
+    sampler = chains.sampler("diffusion")
+    sampler.policy.parameters()[0].data += 0.1  # away from the reference, and sampled like that
+    traj = sampler.rollout(["a"] * 2)
+    algorithm: Any = build_algorithm("d3po")
+    with sampler.policy.reference():
+        base = sampler.transitions(traj)
+    seen = []
+
+    def look(view: Any) -> None:
+        log_ratio = view.log_prob - base[view.index].log_prob(traj.step_out(view.index))
+        pair = Pairs(torch.tensor([0]), torch.tensor([1]), torch.ones(1))
+        loss, stats = algorithm.pair_loss(log_ratio, pair)
+        seen.append(float(log_ratio.detach().abs().max()))
+        expected = -torch.nn.functional.logsigmoid(
+            0.1 * (log_ratio.exp().clamp(0.9, 1.1).log()[0] - log_ratio.exp().clamp(0.9, 1.1).log()[1])
+        )
+        torch.testing.assert_close(loss[0], expected)
+        assert float(stats["implicit_accuracy"]) == float(log_ratio[0] > log_ratio[1])
+
+    sampler.replay(traj, look)
+    assert max(seen) > 1e-3
+
+
+# -- Diffusion-DPO -----------------------------------------------------------------------------------------------
+
+
+def test_dpos_optimum_is_the_tilted_distribution() -> None:
+    """C44: three atoms, pairs uniform, labels by Bradley and Terry: p* = p_ref e^{r / beta} / Z."""
+    reference, rewards, beta = double(0.2, 0.5, 0.3), double(0.4, -0.3, 1.1), 0.5
+    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    i, j = torch.tensor([(a, b) for a in range(3) for b in range(3) if a != b]).T
+    chance = torch.sigmoid(rewards[i] - rewards[j])
+    optimizer = torch.optim.LBFGS([logits], lr=1, max_iter=400, tolerance_grad=1e-14, tolerance_change=1e-16)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        log_ratio = torch.log_softmax(logits, 0) - reference.log()
+        # The loss takes errors, which are minus log-ratios, and halves beta.
+        losses = diffusion_dpo.preference_loss(-2 * log_ratio[i], -2 * log_ratio[j], beta)
+        (chance * losses).sum().backward()
+        return (chance * losses).sum()
+
+    for _ in range(5):
+        optimizer.step(closure)
+    tilted = reference * torch.exp(rewards / beta)
+    torch.testing.assert_close(torch.softmax(logits, 0).detach(), tilted / tilted.sum(), atol=1e-6, rtol=0)
+
+
+def test_exchanging_winner_and_loser_complements_the_probability() -> None:
+    """C46."""
+    winner, loser = double(0.3, -1.0), double(-0.2, 0.5)
+    a = diffusion_dpo.preference_loss(winner, loser, 2.0)
+    b = diffusion_dpo.preference_loss(loser, winner, 2.0)
+    torch.testing.assert_close((-a).exp() + (-b).exp(), torch.ones(2, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def point(t: float, others: dict[str, Endpoints], predicted: Endpoints, truth: Endpoints) -> Point:
+    return Point(1000 * t, Level.flow(t), "velocity", truth, predicted, others)
+
+
+def on_path(x_t: torch.Tensor, v: torch.Tensor, t: float) -> Endpoints:
+    return Endpoints(x_t - t * v, x_t + (1 - t) * v)
+
+
+def test_errors_of_noise_velocity_and_picture_convert() -> None:
+    """C03: (1 - t)^2, 1 and t^2."""
+    t = 0.3
+    x0, noise, v = (torch.randn(2, 6, dtype=torch.float64) for _ in range(3))
+    truth = Endpoints(x0, noise)
+    predicted = on_path((1 - t) * x0 + t * noise, v, t)
+    base = squared_error(predicted, truth, "velocity")
+    torch.testing.assert_close(squared_error(predicted, truth, "noise"), (1 - t) ** 2 * base, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(squared_error(predicted, truth, "x0"), t**2 * base, atol=1e-12, rtol=1e-12)
+
+
+def test_the_derived_schedule_is_diffusion_dpo_on_the_noise() -> None:
+    """C49."""
+    t = 0.4
+    x0, noise, v, w = (torch.randn(2, 6, dtype=torch.float64) for _ in range(4))
+    x_t = (1 - t) * x0 + t * noise
+    here = point(t, {"reference": on_path(x_t, w, t)}, on_path(x_t, v, t), Endpoints(x0, noise))
+    derived: Any = build_algorithm("diffusion_dpo", beta=7.0, schedule="derived")
+    delta_v = here.error() - here.error("reference")
+    delta_e = here.error(space="noise") - here.error("reference", "noise")
+    a = diffusion_dpo.preference_loss(delta_v[:1], delta_v[1:], derived.beta_at(here))
+    b = diffusion_dpo.preference_loss(delta_e[:1], delta_e[1:], 7.0)
+    torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+    constant: Any = build_algorithm("diffusion_dpo", beta=7.0)
+    assert constant.beta_at(here) == 7.0
+
+
+@pytest.mark.parametrize("chain", ["diffusion", "flow"])
+def test_a_pair_shares_noise_and_level(chain: str) -> None:
+    sampler = chains.sampler(chain)
+    seen: list[Point] = []
+    algorithm: Any = build_algorithm("diffusion_dpo")
+    original = algorithm.point_loss
+
+    def watched(point: Point, batch: Any) -> Any:
+        seen.append(point)
+        return original(point, batch)
+
+    algorithm.point_loss = watched
+    accumulate(algorithm, sampler, ["a", "a", "b", "b"], [[0, 1], [2, 3]])
+    assert len(seen) == 4
+    for one in seen:
+        assert torch.equal(one.truth.noise[0], one.truth.noise[1])
+        assert not torch.equal(one.truth.noise[0], one.truth.noise[2])
+    assert not torch.equal(seen[0].truth.noise, seen[1].truth.noise)
+    assert len({p.timestep for p in seen}) == 4
+
+
+def accumulate(algorithm: Any, sampler: Any, prompts: list[str], units: list[list[int]]) -> dict[str, float]:
+    """One micro-batch without a trainer; rewards are 3, 2, 1, ..."""
+    from difftune.algorithm import Batch, Context
+    from difftune.reward import FunctionReward
+
+    traj = sampler.rollout(prompts)
+    rewards = torch.arange(len(prompts), 0, -1).float()
+    values = dict(algorithm.prepare(prompts, RewardOutput(rewards)).values)
+    batch = Batch(tuple(prompts), traj.keys, values, traj, units=units, metadata=[{}] * len(prompts))
+    reward = FunctionReward("r", lambda images, p: chains.logits(images).mean(1), True)
+    context = Context(sampler, sampler.policy, reward, 1.0, torch.Generator().manual_seed(3), 1, 0)
+    return algorithm.accumulate(batch, context)
+
+
+# -- KTO ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", [1.0, -1.0])
+def test_ktos_utility_at_the_reference(label: float) -> None:
+    """C57: half, with slope -+ beta / 4; falling for desirable, rising for undesirable samples."""
+    gain = double(0.0).requires_grad_()
+    loss = kto.utility_loss(gain, double(label), double(0.0), 3.0)
+    loss.sum().backward()
+    assert gain.grad is not None
+    assert float(loss.detach()) == pytest.approx(0.5, abs=1e-12)
+    assert float(gain.grad) == pytest.approx(-label * 3.0 / 4, abs=1e-12)
+
+
+def test_ktos_baseline_is_constant_and_not_negative() -> None:
+    gain = double(0.2, 0.4, -1.0, -2.0).requires_grad_()
+    baseline = kto.unit_means(gain, [[0, 1], [2, 3]]).clamp(min=0)
+    torch.testing.assert_close(baseline.detach(), double(0.3, 0.3, 0.0, 0.0))
+    kto.utility_loss(gain, torch.ones(4, dtype=torch.float64), baseline, 1.0)[0].backward()
+    assert gain.grad is not None
+    assert gain.grad[1] == 0  # a baseline with a graph would reach the other sample
+
+
+def test_ktos_labels_are_about_the_prompts_mean() -> None:
+    prepared = build_algorithm("kto").prepare(PROMPTS, RewardOutput(REWARDS))
+    assert prepared.values["label"].tolist() == [-1, 1, 0, 0, 0, 0]
+    assert prepared.units == [[0, 1, 2]]
