@@ -25,6 +25,7 @@ ETA = {"sd": 1.0, "sd3": 0.7}
 BARE: dict[str, dict[str, Any]] = {
     "dpok": {"kl_weight": 0.0},
     "grpo": {"kl_weight": 0.0},
+    "awm": {"kl_weight": 0.0, "ema_weight": 0.0},
 }
 
 #: Settings of the test that trains, where the defaults are for pictures and their rewards.
