@@ -1,0 +1,185 @@
+"""Each error of a list is planted, and a named check sees it: a suite that passes with the error in is worth nothing.
+
+Every case is (what is planted, the check): the check must pass on the code as it is and fail with the plant in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chains
+import pytest
+import test_forward
+import test_groups
+import test_preferences
+import test_rdp
+import test_reward_gradient
+import test_weighted
+import torch
+
+import difftune.advantage as advantage
+import difftune.algorithm as contract
+from difftune.algorithms import d3po, diffusion_dpo, drtune, grpo, nft, rdp, refl
+from difftune.policy import Policy
+from difftune.sampler import Sampler
+from difftune.transition import Gaussian
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+Check = Callable[[], None]
+
+
+def fails(check: Check) -> bool:
+    try:
+        check()
+    except (AssertionError, RuntimeError, pytest.fail.Exception):
+        return True
+    return False
+
+
+def ratio_against_reference(patch: pytest.MonkeyPatch) -> None:
+    """1: the ratio is to the reference where the sampling policy's belongs."""
+    original = grpo.GRPO.step_loss
+
+    def planted(self: Any, view: Any, values: Any, reference: Any, old_mean: Any = None) -> Any:
+        wrong = torch.zeros_like(view.old_log_prob)  # some other log-prob than the recorded one
+        return original(self, dataclasses.replace(view, old_log_prob=wrong), values, reference, old_mean)
+
+    patch.setattr(grpo.GRPO, "step_loss", planted)
+
+
+def reference_not_frozen(patch: pytest.MonkeyPatch) -> None:
+    """2: the DPO reference moves with the policy."""
+    patch.setattr(Policy, "reference", lambda self: self.adapter("default"))
+
+
+def reference_moves_the_loss() -> None:
+    """After the weights have moved, the loss is no longer ln 2."""
+    for name in ("diffusion_dpo", "d3po"):
+        sampler = chains.sampler("flow")
+        sampler.policy.parameters()[0].data += 0.2
+        metrics = test_preferences.accumulate(contract.build_algorithm(name), sampler, ["a", "a"], [[0, 1]])
+        assert abs(metrics["loss"] - math.log(2)) > 1e-5, name
+
+
+def mean_for_sum(patch: pytest.MonkeyPatch) -> None:
+    """4: a step's log-prob is summed over dimensions where the mean is meant."""
+    original = Gaussian.log_prob
+    patch.setattr(Gaussian, "log_prob", lambda self, x, reduce="sum", mask=None: original(self, x, reduce, mask))
+
+
+def two_passes_in_the_mean() -> None:
+    sampler = chains.sampler("diffusion")
+    traj = sampler.rollout(["a"])
+    view_log_prob: list[torch.Tensor] = []
+    sampler.replay(traj, lambda view: view_log_prob.append(view.log_prob.detach()))
+    gaussians = sampler.transitions(traj)
+    for k, log_prob in zip(traj.stochastic_steps, view_log_prob, strict=True):
+        normal = torch.distributions.Normal(gaussians[k].mean, gaussians[k].std)
+        torch.testing.assert_close(log_prob, normal.log_prob(traj.step_out(k)).mean(1), atol=1e-4, rtol=1e-4)
+
+
+def noise_of_its_own(patch: pytest.MonkeyPatch) -> None:
+    """5: winner and loser get different noise."""
+    patch.setattr(diffusion_dpo.DiffusionDPO, "shared_noise", False)
+
+
+def negative_with_one_minus_beta(patch: pytest.MonkeyPatch) -> None:
+    """6: NFT's v- is written with (1 - beta)."""
+    patch.setattr(nft, "mixtures", lambda p, old, beta: ((1 - beta) * old + beta * p, (1 - beta) * old - beta * p))
+
+
+def truncation_one_early(patch: pytest.MonkeyPatch) -> None:
+    """10: truncation is off by one."""
+    original = Sampler.backprop
+
+    def planted(self: Any, prompts: Any, **settings: Any) -> Any:
+        settings["grad_steps"] = [max(k - 1, 0) for k in settings["grad_steps"]]
+        return original(self, prompts, **settings)
+
+    patch.setattr(Sampler, "backprop", planted)
+
+
+def sample_std(patch: pytest.MonkeyPatch) -> None:
+    """12: the group's std with the other ddof."""
+    patch.setattr(advantage, "_spread", lambda values: (values.mean(), values.std(correction=1)))
+
+
+def population_std() -> None:
+    got = advantage.normalize_groups(torch.tensor([1.0, 3.0]), ["a", "a"])
+    torch.testing.assert_close(got, torch.tensor([-1.0, 1.0]), atol=1e-3, rtol=0)
+
+
+def temperature_divides(patch: pytest.MonkeyPatch) -> None:
+    """13: RWR's beta divides where it multiplies."""
+    original = advantage.exponential_weights
+    patch.setattr(test_weighted, "exponential_weights", lambda r, scale, prompts=None: original(r, 1 / scale, prompts))
+
+
+def kl_of_unscaled_means(patch: pytest.MonkeyPatch) -> None:
+    """14: the KL is a squared difference of means, not divided by the step's variance."""
+    patch.setattr(Gaussian, "kl", lambda self, other: (self.mean - other.mean).square().flatten(1).mean(1))
+
+
+def smaller_loss(patch: pytest.MonkeyPatch) -> None:
+    """PRDP takes the smaller of its two losses."""
+    patch.setattr(rdp.torch, "maximum", torch.minimum)
+
+
+def opposite_tail(patch: pytest.MonkeyPatch) -> None:
+    """RAFT keeps the worst."""
+    original = advantage.best_of_groups
+    patch.setattr(test_weighted, "best_of_groups", lambda r, p, keep=1: original(-r, p, keep))
+
+
+def ppo_for_clamp(patch: pytest.MonkeyPatch) -> None:
+    """DPOK's plain clamp becomes PPO's maximum."""
+    patch.setattr(test_groups, "clamped_loss", contract.importance_sampling_loss)
+
+
+def winners_and_losers_swapped(patch: pytest.MonkeyPatch) -> None:
+    """D3PO prefers the loser."""
+    original = d3po.preference_logit
+    patch.setattr(d3po, "preference_logit", lambda w, x, beta, clip: original(x, w, beta, clip))
+
+
+def inputs_not_stopped(patch: pytest.MonkeyPatch) -> None:
+    """DRTune's denoiser sees the sample's graph."""
+    patch.setattr(drtune, "_detached", lambda value: value)
+
+
+def target_of_the_noisy_sample(patch: pytest.MonkeyPatch) -> None:
+    """ReFL scores x_t where it should score the prediction."""
+    original = refl.decode
+    patch.setattr(refl, "decode", lambda sampler, x0, prompts, keys: original(sampler, 2 * x0, prompts, keys))
+
+
+CASES: list[tuple[Plant, Check]] = [
+    (ratio_against_reference,
+     lambda: test_groups.test_the_first_update_has_ratio_one_and_loss_minus_the_mean_advantage("flow", {})),
+    (reference_not_frozen, reference_moves_the_loss),
+    (mean_for_sum, two_passes_in_the_mean),
+    (noise_of_its_own, lambda: test_preferences.test_a_pair_shares_noise_and_level("flow")),
+    (negative_with_one_minus_beta, test_forward.test_the_mixtures_are_symmetric_about_the_old_policy),
+    (truncation_one_early,
+     lambda: test_reward_gradient.test_the_last_k_steps_and_no_others_are_differentiated("flow", 3)),
+    (sample_std, population_std),
+    (temperature_divides, test_weighted.test_softmax_weights_have_mean_one_and_know_no_offset),
+    (kl_of_unscaled_means, test_groups.test_the_kl_of_two_sde_steps_is_the_papers),
+    (smaller_loss, lambda: test_rdp.test_the_gate_stops_only_what_clipping_makes_worse(5.0, True)),
+    (opposite_tail, lambda: test_weighted.test_the_best_of_k_normals(4, 1.029375)),
+    (ppo_for_clamp, lambda: test_groups.test_a_plain_clamp_has_no_gradient_outside_the_band(1.2, 0.0, -1.0)),
+    (winners_and_losers_swapped, lambda: test_preferences.test_d3pos_gradient_ends_at_the_clamp(0.0, -0.05)),
+    (inputs_not_stopped,
+     lambda: test_reward_gradient.test_stopped_inputs_leave_the_schedulers_linear_terms("diffusion")),
+    (target_of_the_noisy_sample, test_reward_gradient.test_refls_gradient_is_its_formula),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("plant", "check"), CASES, ids=[plant.__name__ for plant, _ in CASES])
+def test_a_planted_error_is_seen(plant: Plant, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not fails(check), "the check fails without the error"
+    plant(monkeypatch)
+    assert fails(check), f"nothing saw: {plant.__doc__}"
