@@ -164,7 +164,7 @@ def _check_images(name: str, images: Tensor, batch: int) -> None:
         raise ValueError(f"reward {name!r} got {images.dtype} images, expected floats in [0, 1]: divide by 255")
     if len(images) != batch:
         raise ValueError(f"reward {name!r} got {len(images)} images for {batch} prompts")
-    if batch == 0:
+    if images.numel() == 0:
         return
     low, high = torch.aminmax(images.detach())
     if not (low >= -1e-3 and high <= 1 + 1e-3):

@@ -6,6 +6,9 @@ the tensors, so that ``state_dict()`` is a file of the original format and ``for
 
 from __future__ import annotations
 
+import json
+import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fault_server import FaultServer, brightness
 from torch import Tensor, nn
 
 from difftune.reward import Reward, build_reward
@@ -206,6 +210,136 @@ def pal_file(folder: Path) -> dict[str, Any]:
     return {"head": str(folder / "pal.pt"), "model": "difftune/tiny-clip"}
 
 
+# ImageReward
+
+
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red circle two yellow stars three on the of photo cat".split()
+
+
+def image_reward_state(seed: int = 0) -> dict[str, Tensor]:
+    """Return ImageReward's flat state dict: a ViT 128 wide (2 heads), a BERT 64 wide (4 heads), 2 layers each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int, around: float = 0.0) -> Tensor:
+        return around + 0.15 * torch.randn(*shape, generator=generator)
+
+    def linear(name: str, rows: int, columns: int) -> dict[str, Tensor]:
+        return {f"{name}.weight": rand(rows, columns), f"{name}.bias": rand(rows)}
+
+    def norm(name: str, width: int) -> dict[str, Tensor]:
+        return {f"{name}.weight": rand(width, around=1.0), f"{name}.bias": rand(width)}
+
+    eye, ear = "blip.visual_encoder", "blip.text_encoder"
+    state = {
+        f"{eye}.cls_token": rand(1, 1, 128),
+        f"{eye}.pos_embed": rand(1, 17, 128),
+        f"{eye}.patch_embed.proj.weight": rand(128, 3, 16, 16),
+        f"{eye}.patch_embed.proj.bias": rand(128),
+        **norm(f"{eye}.norm", 128),
+        f"{ear}.embeddings.position_ids": torch.arange(40)[None],
+        f"{ear}.embeddings.word_embeddings.weight": rand(len(WORDS) + 2, 64),
+        f"{ear}.embeddings.position_embeddings.weight": rand(40, 64),
+        **norm(f"{ear}.embeddings.LayerNorm", 64),
+        **linear("blip.vision_proj", 16, 128),
+        **linear("blip.text_proj", 16, 64),
+    }
+    for n in range(2):
+        block, layer = f"{eye}.blocks.{n}", f"{ear}.encoder.layer.{n}"
+        state |= {**norm(f"{block}.norm1", 128), **norm(f"{block}.norm2", 128)}
+        state |= {**linear(f"{block}.attn.qkv", 384, 128), **linear(f"{block}.attn.proj", 128, 128)}
+        state |= {**linear(f"{block}.mlp.fc1", 200, 128), **linear(f"{block}.mlp.fc2", 128, 200)}
+        for kind, width in (("attention", 64), ("crossattention", 128)):
+            state |= linear(f"{layer}.{kind}.self.query", 64, 64)
+            state |= linear(f"{layer}.{kind}.self.key", 64, width)
+            state |= linear(f"{layer}.{kind}.self.value", 64, width)
+            state |= linear(f"{layer}.{kind}.output.dense", 64, 64)
+            state |= norm(f"{layer}.{kind}.output.LayerNorm", 64)
+        state |= linear(f"{layer}.intermediate.dense", 100, 64)
+        state |= linear(f"{layer}.output.dense", 64, 100)
+        state |= norm(f"{layer}.output.LayerNorm", 64)
+    return {**state, **linear_head(64, (0, 2, 4, 6, 7), "mlp.layers")}
+
+
+def image_reward_file(folder: Path) -> dict[str, Any]:
+    """Write ImageReward.pt, med_config.json beside it and a tokenizer."""
+    torch.save(image_reward_state(), folder / "ImageReward.pt")
+    config = {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "encoder_width": 128}
+    (folder / "med_config.json").write_text(json.dumps(config))
+    (folder / "bert").mkdir()
+    (folder / "bert" / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return {"model": str(folder / "ImageReward.pt"), "tokenizer": str(folder / "bert")}
+
+
+# Vision-language models
+
+
+SPECIAL = ["<unk>", "<image>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>"]
+
+
+def byte_tokenizer(folder: Path) -> Any:
+    """Write a tokenizer whose tokens are the bytes, after the special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={word: index for index, word in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def llava_folder(folder: Path) -> dict[str, Any]:
+    """Write a random LLaVA: a CLIP tower of 16 patches, a Llama of 2 layers."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    byte_tokenizer(folder / "llava")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=32)
+    text = LlamaConfig(**sizes, vocab_size=300, num_key_value_heads=2, max_position_embeddings=512)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=1, image_seq_length=16)
+    randomised(Llava(config), 0, 0.3).save_pretrained(folder / "llava")  # type: ignore[operator]
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder / "llava"
+    )
+    return {"model": str(folder / "llava")}
+
+
+def qwen_folder(folder: Path) -> dict[str, Any]:
+    """Write a random Qwen2-VL: patches of 8, merged by 2, 2 layers in both towers."""
+    from transformers import Qwen2VLConfig, Qwen2VLImageProcessor
+    from transformers import Qwen2VLForConditionalGeneration as Qwen
+
+    byte_tokenizer(folder / "qwen")
+    config = Qwen2VLConfig(
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "vocab_size": 300,
+            "max_position_embeddings": 512,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8},
+        image_token_id=2,
+        video_token_id=298,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    )
+    randomised(Qwen(config), 0, 0.3).save_pretrained(folder / "qwen")  # type: ignore[operator]
+    Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 1024, "longest_edge": 4096}).save_pretrained(
+        folder / "qwen"
+    )
+    return {"model": str(folder / "qwen")}
+
+
 # How each reward of the registry is built in the common suite
 
 
@@ -224,7 +358,70 @@ class Case:
     module: str | None = None
 
 
+def reference(prompt: str) -> dict[str, Any]:
+    """Return metadata with a picture of the prompt's own."""
+    generator = torch.Generator().manual_seed(sum(prompt.encode()) + len(prompt))
+    coarse = torch.rand(1, 3, 6, 6, generator=generator)
+    return {"reference": nn.functional.interpolate(coarse, size=(48, 40), mode="bilinear")[0]}
+
+
+TWO = ["brightness", {"name": "affine", "of": "clip_score", "scale": 0.5, "offset": 0.5}]
+UNSURE = {"name": "mean_variance", "of": TWO}
+
+
+def made_of(**settings: Any) -> Case:
+    """Return the case of a combination; by default of two terms that are not negative."""
+    return Case(lambda folder: {"of": TWO, **settings})
+
+
+def brightness_server(folder: Path) -> dict[str, Any]:
+    """Start a scorer on loopback that lives as long as the tests."""
+    server = FaultServer(brightness, 0.0, ())
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return {"url": server.url, "deadline": 20.0}
+
+
+def chat_server(folder: Path) -> dict[str, Any]:
+    """Start a chat server on loopback that says yes with the probability of the picture's brightness."""
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        picture = body["messages"][0]["content"][0]["image_url"]["url"].split(",")[1]
+        mean = min(max(brightness({"id": "", "images": [picture]})["scores"][0], 1e-6), 1 - 1e-6)
+        top = [{"token": "yes", "logprob": math.log(mean)}, {"token": "no", "logprob": math.log(1 - mean)}]
+        return {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}
+
+    server = FaultServer(answer, 0.0, ())
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return {"url": server.url + "/v1", "model": "any", "deadline": 20.0}
+
+
 CASES: dict[str, Case] = {
+    "remote": Case(brightness_server, module="tenacity"),
+    "vlm_server": Case(chat_server, module="tenacity"),
+    "vqa_score": Case(lambda folder: {**qwen_folder(folder), "among": "two"}),
+    "reward_dance": Case(llava_folder, reference),
+    "colour": Case(lambda folder: {"rgb": [1.0, 0.0, 0.5]}),
+    "image_similarity": Case(metadata=reference),
+    "lambda_harmonic": Case(metadata=reference),
+    "pixel_similarity": Case(metadata=reference),
+    "product": made_of(),
+    "harmonic_mean": made_of(),
+    "mean_min": made_of(balance=0.3),
+    "entropic": made_of(beta=0.2),
+    "mean_variance": made_of(),
+    "precision_weighted": made_of(of=[UNSURE, {**UNSURE, "penalty": 2.0, "weight": 3.0}]),
+    "lower_bound": made_of(of=UNSURE),
+    "affine": made_of(scale=-2.0, offset=1.0),
+    "sigmoid": made_of(of="brightness", centre=0.4, width=0.2),
+    "hinge": made_of(target=3.0),
+    "target": made_of(target=3.0),
+    "penalty": made_of(above=-3.0),
+    "clip": made_of(eta=3.0),
+    "segmental": made_of(of="clip_score"),
+    "group_rank": made_of(),
+    "win_rate": made_of(),
+    "gdpo": made_of(),
+    "calibrated": made_of(freeze_after=6),
     "pickscore": Case(clip_file),
     "hpsv2": Case(hps_file),
     "hpsv2_1": Case(hps_file),
@@ -232,6 +429,7 @@ CASES: dict[str, Case] = {
     "aesthetic": Case(aesthetic_file),
     "aesthetic_v25": Case(siglip_folder),
     "pal": Case(pal_file),
+    "image_reward": Case(image_reward_file),
 }
 
 

@@ -38,7 +38,8 @@ PROMPTS = [
 BATCH = len(PROMPTS)
 
 #: Rewards that see a video as a whole, not as the mean of its frames.
-WHOLE_VIDEO: set[str] = set()
+WHOLE_VIDEO = {"product", "harmonic_mean", "mean_min", "entropic", "mean_variance", "precision_weighted", "lower_bound"}
+WHOLE_VIDEO |= {"sigmoid", "segmental", "group_rank", "win_rate", "gdpo"}
 
 
 @pytest.fixture
