@@ -675,6 +675,10 @@ def _predict(scheduler: Any, given: Mapping[str, Any]) -> Prediction:
     sample, output = _fold(state, sample), _fold(state, output)
     x, out = tr.working(sample), state.grid.oriented(scheduler, tr.working(output))
     x0, noise = state.grid.split(scheduler, out, x, now)
+    if given.get("pred_original_sample") is not None:
+        # Cosmos preconditions the output itself, guides x0 and hands it over.
+        x0 = tr.working(_fold(state, given["pred_original_sample"]))
+        noise = (x - now.alpha * x0) / now.sigma
     if state.dynamics == "lcm":
         x0 = state.grid.denoised(scheduler, x0, x, out, now, timestep)
     below = state.grid.levels(scheduler, float(scheduler.timesteps[0]), 0)[1] if state.grid.family == "flow" else nxt

@@ -478,7 +478,7 @@ class Sampler:
             forms = (self._form,)
         failure: Exception | None = None
         for form in forms:
-            torch.manual_seed(keys[0].seed)
+            torch.default_generator.manual_seed(keyed_generator(keys[0], "global").initial_seed())
             state.begin(driver, len(keys))
             calls = self._tap.calls
             try:

@@ -88,7 +88,7 @@ class Calls:
             self.steps.append(self._state.index)
             return original(*args, **kwargs)
 
-        module.forward = counted  # type: ignore[method-assign]
+        vars(module)["forward"] = counted
 
     def taken(self) -> list[int]:
         steps, self.steps = self.steps, []
@@ -283,8 +283,39 @@ def shortened(layers: list[str]) -> list[str]:
     return names if len(names) <= 2 else [names[0], f"... ({len(names)})"]
 
 
+#: Rows that can be built and have not been measured yet: not in the page's table. A run that writes the page measures
+#: them, and then they go from here.
+PENDING = {
+    "StableDiffusionPAGImg2ImgPipeline",
+    "StableDiffusionPAGInpaintPipeline",
+    "StableDiffusionControlNetPAGPipeline",
+    "StableDiffusionAdapterPipeline",
+    "StableDiffusionImageVariationPipeline",
+    "AnimateDiffControlNetPipeline",
+    "StableDiffusionXLPAGImg2ImgPipeline",
+    "StableDiffusionXLPAGInpaintPipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
+    "StableDiffusionXLAdapterPipeline",
+    "StableDiffusion3ControlNetPipeline",
+    "FluxControlImg2ImgPipeline",
+    "FluxKontextInpaintPipeline",
+    "ChromaImg2ImgPipeline",
+    "QwenImageInpaintPipeline",
+    "IFImg2ImgPipeline",
+    "IFInpaintingPipeline",
+    "IFSuperResolutionPipeline",
+    "MarigoldNormalsPipeline",
+    "KandinskyV22Img2ImgPipeline",
+    "KandinskyV22CombinedPipeline",
+    "StableCascadeDecoderPipeline",
+    "SkyReelsV2Pipeline",
+    "CogVideoXVideoToVideoPipeline",
+}
+
 MEASURED: dict[str, Row] = {}
-TRAINED = {name: case for name, case in CASES.items() if not case.refused}
+TRAINED = {name: case for name, case in CASES.items() if not case.refused and (WRITING or name not in PENDING)}
 REFUSED = {name: case for name, case in CASES.items() if case.refused}
 
 
@@ -352,6 +383,8 @@ def page(rows: dict[str, Row]) -> str:
     lines += [f"| {family} | {count} |" for family, count in quirk_lines().items()]
     if UNCOVERED:
         lines += ["", "## Not covered", "", *[f"- {name}: {why}" for name, why in UNCOVERED.items()]]
+    if pending := [name for name in CASES if name in PENDING and name not in rows]:
+        lines += [f"- built in `tests/pipelines.py`, not measured yet: {', '.join(pending)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -390,12 +423,13 @@ def quirk_lines() -> dict[str, int]:
 
 def committed() -> dict[str, list[str]]:
     """Return the rows of the committed page by class."""
+    known = CASES.keys() - REFUSED.keys()
     rows: dict[str, list[str]] = {}
     if not PAGE.exists():
         return rows
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if len(cells) == len(COLUMNS) and cells[0] in TRAINED:
+        if len(cells) == len(COLUMNS) and cells[0] in known:
             rows[cells[0]] = cells[1:]
     return rows
 
@@ -406,6 +440,7 @@ def test_the_page_has_every_row_and_says_what_is_measured(tmp_path: Path) -> Non
         write_page()
     rows = committed()
     assert list(rows) == list(TRAINED)
+    assert WRITING or CASES.keys() > PENDING
     assert len({class_of(name) for name in rows}) >= 30
     assert PAGE.read_text(encoding="utf-8") == page({name: Row(*cells) for name, cells in rows.items()})
     assert all(cells[1] == "0" for cells in rows.values())
@@ -431,7 +466,7 @@ def test_a_row_would_notice_what_it_measures() -> None:
         images = backprop(*args, grad_steps=grad_steps, **kwargs)
         return images if grad_steps is not None else images + 0.5 * (images - images.detach())
 
-    sampler.backprop = scaled  # type: ignore[method-assign]
+    vars(sampler)["backprop"] = scaled
     assert measure_backprop(sampler, trajectory).startswith("off by")
 
 
