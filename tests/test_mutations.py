@@ -12,6 +12,7 @@ from typing import Any
 
 import chains
 import pytest
+import test_adjoint_matching
 import test_forward
 import test_groups
 import test_preferences
@@ -156,6 +157,24 @@ def target_of_the_noisy_sample(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(refl, "decode", lambda sampler, x0, prompts, keys: original(sampler, 2 * x0, prompts, keys))
 
 
+def adjoint_of_the_tuned_model(patch: pytest.MonkeyPatch) -> None:
+    """11: the adjoint goes through the fine-tuned model in place of the base model."""
+    patch.setattr(Policy, "reference", lambda self: self.adapter("default"))
+
+
+def adjoint_knows_the_base_model() -> None:
+    """With a policy whose slope in x differs, the adjoint is still the base model's."""
+    sampler, algorithm, batch, context = test_adjoint_matching.setup()
+    brain = sampler.policy.pipe.brain
+    forward = brain.forward
+    # A policy that also scales its output, which the base model (shift 0) does not.
+    brain.forward = lambda x, t: forward(x, t) * (1 + brain.shift.abs().max())
+    sampler.policy.parameters()[0].data += 0.3
+    adjoint = algorithm.adjoints(batch, context)[30]
+    expected = torch.full((3, 1), -2.0 * 0.8 * test_adjoint_matching.KAPPA[30], dtype=torch.float64)
+    torch.testing.assert_close(adjoint.double(), expected, atol=1e-5, rtol=1e-4)
+
+
 CASES: list[tuple[Plant, Check]] = [
     (ratio_against_reference,
      lambda: test_groups.test_the_first_update_has_ratio_one_and_loss_minus_the_mean_advantage("flow", {})),
@@ -165,6 +184,7 @@ CASES: list[tuple[Plant, Check]] = [
     (negative_with_one_minus_beta, test_forward.test_the_mixtures_are_symmetric_about_the_old_policy),
     (truncation_one_early,
      lambda: test_reward_gradient.test_the_last_k_steps_and_no_others_are_differentiated("flow", 3)),
+    (adjoint_of_the_tuned_model, adjoint_knows_the_base_model),
     (sample_std, population_std),
     (temperature_divides, test_weighted.test_softmax_weights_have_mean_one_and_know_no_offset),
     (kl_of_unscaled_means, test_groups.test_the_kl_of_two_sde_steps_is_the_papers),

@@ -1,0 +1,68 @@
+"""Adjoint matching on the 50-step chain: the adjoint, its optimum, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chains
+import pytest
+import torch
+
+from difftune.algorithm import Batch, Context, Plan, build_algorithm
+from difftune.algorithms.adjoint_matching import matching_loss
+from difftune.reward import FunctionReward
+from difftune.types import UserError
+
+#: Sensitivity of the final number to the state after step k, and the step's noise, of the 50-step chain.
+KAPPA = {0: 0.01813619, 10: 0.06421322, 20: 0.17268740, 30: 0.38897469, 40: 0.76604211, 45: 0.94910218, 48: 0.99846066}
+NOISE = {0: 0.49991440, 10: 0.44553882, 20: 0.38168036, 30: 0.30266381, 40: 0.19594121, 45: 0.11531095, 48: 0.02931770}
+REWARD = FunctionReward("linear", lambda images, prompts: 0.8 * chains.logits(images).mean(1), True)
+
+
+def setup(scale: float = 2.0) -> tuple[Any, Any, Batch, Context]:
+    sampler = chains.t1()
+    algorithm = build_algorithm("adjoint_matching", reward_scale=scale)
+    traj = sampler.rollout(["a"] * 3)
+    batch = Batch(traj.prompts, traj.keys, {}, traj, metadata=[{}] * 3)
+    return sampler, algorithm, batch, Context(sampler, sampler.policy, REWARD, 1.0, torch.Generator(), 1, 0)
+
+
+def test_the_adjoint_of_a_linear_reward_is_the_sensitivity() -> None:
+    """C94: after step k it is -lambda a kappa_k for every sample, also when the policy has left the base model."""
+    sampler, algorithm, batch, context = setup()
+    sampler.policy.parameters()[0].data += 0.3
+    adjoints = algorithm.adjoints(batch, context)
+    assert len(adjoints) == 50
+    for k, kappa in KAPPA.items():
+        expected = torch.full((3, 1), -2.0 * 0.8 * kappa, dtype=torch.float64)
+        torch.testing.assert_close(adjoints[k].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_is_zero_at_the_tilt_and_its_gradient_there_too() -> None:
+    """The optimum moves each step's mean by lambda a S_k^2 kappa_k, in every state."""
+    sampler, algorithm, batch, context = setup()
+    traj = batch.trajectory
+    assert traj is not None
+    adjoints = algorithm.adjoints(batch, context)
+    with sampler.policy.reference():
+        base = sampler.transitions(traj)
+    for k in KAPPA:
+        assert base[k].std == pytest.approx(NOISE[k], abs=1e-6)
+        best = base[k].mean + 2.0 * 0.8 * base[k].std ** 2 * KAPPA[k]
+        assert float(matching_loss(best, base[k].mean, base[k].std, adjoints[k]).max()) < 1e-8
+    metrics = algorithm.accumulate(batch, context)
+    expected = sum(float((g.std * adjoints[k]).square().mean()) for k, g in base.items()) / len(base)
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("chain", ["diffusion", "flow"])
+def test_it_needs_memoryless_noise_and_a_differentiable_reward(chain: str) -> None:
+    algorithm, plan = build_algorithm("adjoint_matching"), Plan(1, 1, 1)
+    eta = 1.0 if chain == "diffusion" else math.sqrt(2)
+    algorithm.check(chains.sampler(chain, eta=eta), REWARD, plan)
+    with pytest.raises(UserError, match="needs memoryless noise at every step, got dynamics=.*eta=0.5"):
+        algorithm.check(chains.sampler(chain, eta=0.5), REWARD, plan)
+    black_box = FunctionReward("jpeg", lambda images, prompts: images.flatten(1).mean(1), False)
+    with pytest.raises(UserError, match="needs a reward with gradients, and 'jpeg' has none"):
+        algorithm.check(chains.sampler(chain, eta=eta), black_box, plan)
