@@ -115,7 +115,7 @@ class Context:
         policy: reference and stored adapters.
         reward: the reward, for ``gradient`` evidence.
         weight: this micro-batch's share of its minibatch: losses are means over the micro-batch times ``weight``.
-        generator: a CPU generator keyed by (seed, epoch, pass, minibatch, micro-batch).
+        generator: a CPU generator keyed by (seed, epoch, pass, minibatch): the same draws in each of its micro-batches.
         epoch: the epoch, from 1.
         step: optimizer steps taken so far.
         report: where algorithms of ``gradient`` evidence leave the rewards they saw, for the log.

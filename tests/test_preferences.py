@@ -242,3 +242,49 @@ def test_ktos_labels_are_about_the_prompts_mean() -> None:
     prepared = build_algorithm("kto").prepare(PROMPTS, RewardOutput(REWARDS))
     assert prepared.values["label"].tolist() == [-1, 1, 0, 0, 0, 0]
     assert prepared.units == [[0, 1, 2]]
+
+
+# -- units in the trainer ----------------------------------------------------------------------------------------
+
+
+def trainer(**settings: Any) -> Any:
+    from difftune.reward import FunctionReward
+    from difftune.trainer import Trainer
+
+    sampler = chains.sampler("flow")
+    sizes: dict[str, Any] = {"epochs": 1, "prompts_per_epoch": 3, "samples_per_prompt": 4, "updates_per_epoch": 2}
+    return Trainer(
+        policy=sampler.policy, sampler=sampler, algorithm=build_algorithm("d3po", pairs="all"),
+        reward=settings.pop("reward", FunctionReward("r", lambda images, p: images.flatten(1).mean(1), True)),
+        prompts=["a", "b", "c"], **{**sizes, **settings},
+    )  # fmt: skip
+
+
+def test_processes_get_whole_prompts() -> None:
+    from types import SimpleNamespace
+
+    run = trainer()
+    for world in (1, 2, 3):
+        shares = []
+        for rank in range(world):
+            run.accelerator = SimpleNamespace(num_processes=world, process_index=rank)
+            shares.append(run._shard(12))
+        assert sum(shares, []) == list(range(12))
+        assert all(len(share) % 4 == 0 for share in shares)
+
+
+def test_a_unit_that_processes_would_share_is_refused() -> None:
+    from difftune.algorithm import Prepared
+    from difftune.types import UserError
+
+    run = trainer()
+    with pytest.raises(UserError, match="a prompt that comes twice in an epoch was split between processes"):
+        run._update(1, ["a"] * 4, [{}] * 4, [], [0, 1], None, Prepared({}, [[1, 2]]))
+
+
+def test_an_epoch_without_pairs_takes_no_step() -> None:
+    from difftune.reward import FunctionReward
+
+    run = trainer(reward=FunctionReward("flat", lambda images, p: torch.ones(len(p)), False))
+    metrics = next(iter(run))
+    assert run.step == 0 and metrics["reward/std"] == 0 and "loss" not in metrics.values

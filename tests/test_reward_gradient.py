@@ -202,3 +202,23 @@ def test_gradient_algorithms_log_their_rewards_and_resume() -> None:
     list(second)
     for a, b in zip(whole.policy.parameters(), second.policy.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["alignprop", "draft", "refl", "drtune", "adjoint_matching"])
+def test_cutting_into_micro_batches_changes_nothing(name: str) -> None:
+    from difftune.trainer import Trainer
+
+    results = []
+    for micro in (2, 8):
+        sampler = chains.sampler("diffusion")
+        settings = {"renoised": 2} if name == "draft" else {}
+        run = Trainer(
+            policy=sampler.policy, sampler=sampler, algorithm=build_algorithm(name, lr=0.05, **settings),
+            reward=FunctionReward("r", lambda images, p: chains.logits(images).square().mean(1), True),
+            prompts=["a", "b"], epochs=2, prompts_per_epoch=4, samples_per_prompt=2, updates_per_epoch=2,
+            micro_batch=micro,
+        )  # fmt: skip
+        rewards = [metrics["reward/std"] for metrics in run]
+        results.append((run.policy.parameters()[0].detach(), rewards))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=2e-4, rtol=0)
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-4)
