@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from difftune.advantage import PromptStatistics, normalize_batch, normalize_groups
@@ -67,6 +67,15 @@ class DDPOConfig(AlgorithmConfig):
     kl_weight: float = Field(
         0.0, ge=0, description="Weight of the per-step KL to the base model, mean over dimensions (0: none, the paper)."
     )
+
+    @model_validator(mode="after")
+    def _reachable(self) -> DDPOConfig:
+        if self.normalize == "prompt" and self.prompt_min_count > self.prompt_buffer:
+            raise ValueError(
+                f"prompt_min_count is {self.prompt_min_count}, more than the {self.prompt_buffer} rewards that "
+                "prompt_buffer keeps: the statistics would never be used"
+            )
+        return self
 
 
 def score_function_loss(log_prob: Tensor, advantage: Tensor) -> Tensor:

@@ -188,16 +188,21 @@ def _quiet() -> Iterator[None]:
                 module.enable_progress_bar()
 
 
+def pipeline_modules(pipe: Any) -> dict[str, nn.Module]:
+    """Return the networks of a pipeline by component name; of a plain object, its attributes that are modules."""
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        components = {k: v for k, v in vars(pipe).items() if not k.startswith("_")}
+    return {name: value for name, value in components.items() if isinstance(value, nn.Module)}
+
+
 def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
     """Return the pipeline's denoising networks by component name (Wan 2.2 has two).
 
     Known names are taken first; a pipeline of the user's own may call its network anything, as long as it is the only
     module that is not an autoencoder, encoder or checker.
     """
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, Mapping):
-        components = {k: v for k, v in vars(pipe).items() if not k.startswith("_")}
-    modules = {name: m for name, m in components.items() if isinstance(m, nn.Module)}
+    modules = pipeline_modules(pipe)
     known = {name: modules[name] for name in _DENOISERS if name in modules}
     if known:
         return known
@@ -271,11 +276,8 @@ class Policy:
             self._initial = {k: p.detach().clone() for k, p in self.named_parameters().items()}
 
     def _freeze(self, keep_denoisers: bool) -> None:
-        components = getattr(self.pipe, "components", {})
-        for module in components.values() if isinstance(components, Mapping) else ():
-            if isinstance(module, nn.Module) and not (
-                keep_denoisers and any(module is denoiser for denoiser in self.denoisers.values())
-            ):
+        for module in pipeline_modules(self.pipe).values():
+            if not (keep_denoisers and any(module is denoiser for denoiser in self.denoisers.values())):
                 module.requires_grad_(False).eval()
         if not keep_denoisers:
             for module in self.denoisers.values():
@@ -288,13 +290,13 @@ class Policy:
 
     def to(self, device: torch.device | str) -> Policy:
         """Move the pipeline and the stored adapters to ``device`` and return the policy."""
-        modules = [m for m in getattr(self.pipe, "components", {}).values() if isinstance(m, nn.Module)]
-        if any(not hasattr(module, "dtype") for module in modules):
+        modules = list(pipeline_modules(self.pipe).values())
+        if hasattr(self.pipe, "to") and all(hasattr(module, "dtype") for module in modules):
+            self.pipe.to(device)
+        else:
             # diffusers' own .to() asks every module for its dtype, which a plain nn.Module does not have.
             for module in modules:
                 module.to(device)
-        else:
-            self.pipe.to(device)
         for values in (*self._stored.values(), *([self._initial] if self._initial else [])):
             for key in values:
                 values[key] = values[key].to(device)

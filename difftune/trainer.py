@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,11 @@ from difftune.policy import Policy
 from difftune.prompts import Prompt, PromptStream, load_prompts
 from difftune.report import sample_grid, write_report
 from difftune.reward import Reward, build_reward
-from difftune.sampler import Sampler, keyed_generator, sample_keys
+from difftune.sampler import Sampler, StepView, keyed_generator, sample_keys
 from difftune.types import Metrics, NonFiniteError, RewardOutput, SampleKey, Trajectory, UserError
+
+#: |ratio - 1| that another batch size may cause before the gate warns: the smallest clip range in use.
+MICRO_BATCH_BOUND = 1e-4
 
 #: Called with (phase, done, total) while an epoch runs: what a progress display shows.
 Listener = Callable[[str, int, int], None]
@@ -138,22 +142,26 @@ class Trainer:
 
     def __iter__(self) -> Iterator[Metrics]:
         """Run the remaining epochs, yielding one record after each."""
-        if self.epoch == 0:
-            self._write_samples()
-        while self.epoch < self.config.epochs:
-            self._boundary = self.state_dict()
-            try:
+        try:
+            if self.epoch == 0:
+                self._write_samples()
+            while self.epoch < self.config.epochs:
+                self._boundary = self.state_dict()
                 metrics = self._run_epoch(self.epoch + 1)
-            except KeyboardInterrupt:
-                # Half an epoch cannot be resumed to the bit; its beginning can.
-                if self.out is not None:
-                    self._save_checkpoint(self._boundary)
-                raise
-            yield metrics
-        self._boundary = None
+                self._boundary = None
+                yield metrics
+        except KeyboardInterrupt:
+            # Half an epoch cannot be resumed to the bit; its beginning can. Between two epochs the state is one.
+            if self.out is not None:
+                self._save_checkpoint(self.state_dict() if self._boundary is None else self._boundary)
+            raise
 
     def _run_epoch(self, epoch: int) -> Metrics:
+        # The checkpoint is written after the epoch's record, so its time stands in the next one.
+        saving = self._seconds.get("save")
         self._seconds.clear()
+        if saving is not None:
+            self._seconds["save"] = saving
         calls = self.sampler.denoiser_calls
         started = time.perf_counter()
         texts, metadata, keys = self._plan(epoch)
@@ -255,7 +263,28 @@ class Trainer:
         with self._phase("gate"):
             if not trajectory.stochastic_steps:
                 return {}
-            return self.sampler.check_parity(trajectory.select(range(min(len(trajectory), self.sampler.batch_size))))
+            figures = self.sampler.check_parity(trajectory.select(range(min(len(trajectory), self.sampler.batch_size))))
+            return {**figures, "micro_batch_ratio_error": self._micro_batch_error(trajectory)}
+
+    def _micro_batch_error(self, trajectory: Trajectory) -> float:
+        """Return max |ratio - 1| over shuffled samples in a micro-batch, which is what the updates replay.
+
+        Kernels round differently at other batch sizes, so this is not exactly 0; it must stay well below a clip range.
+        """
+        order = torch.randperm(len(trajectory), generator=self._generator(0, 0, "gate"))
+        errors: list[float] = []
+
+        def measure(view: StepView) -> None:
+            errors.append(float(((view.log_prob - view.old_log_prob).exp() - 1).abs().max()))
+
+        self.sampler.replay(trajectory.select(order[: self.config.micro_batch]), measure, grad=False)
+        if max(errors) > MICRO_BATCH_BOUND:
+            warnings.warn(
+                f"parity: |ratio - 1| is {max(errors):.2g} in micro-batches of {self.config.micro_batch}, above "
+                f"{MICRO_BATCH_BOUND:g}; set train.micro_batch to sampler.batch_size, or model.dtype to fp32",
+                stacklevel=2,
+            )
+        return max(errors)
 
     def _update(
         self,
@@ -413,7 +442,7 @@ class Trainer:
             elif not self.out.is_dir():
                 raise UserError(f"resume: {self.out} does not exist; start the run without --resume")
         elif log.exists() or checkpoint.checkpoints(self.checkpoint_root):
-            raise UserError(f"out: {self.out} already holds a run; resume it, or choose another folder")
+            raise UserError(f"out: {self.out} already holds a run; resume it (resume=True), or choose another folder")
         self.out.mkdir(parents=True, exist_ok=True)
         if self.accelerator.is_main_process and log.exists():
             # Lines of epochs that the checkpoint does not know of are written again, the same.
@@ -429,6 +458,7 @@ class Trainer:
             "policy": self.policy.state_dict(),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "algorithm": {"name": self.algorithm.name, "state": copy.deepcopy(self.algorithm.state_dict())},
+            "reward": copy.deepcopy(self.reward.state_dict()),
             "rng": checkpoint.rng_state(),
         }
 
@@ -451,6 +481,7 @@ class Trainer:
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.algorithm.load_state_dict(state["algorithm"]["state"])
+        self.reward.load_state_dict(state["reward"])
         checkpoint.load_rng_state(state["rng"])
 
     # -- small things --------------------------------------------------------------------------------------------

@@ -113,3 +113,8 @@ def test_the_log_prob_is_a_mean_and_its_unit_converts() -> None:
         torch.testing.assert_close(view.log_prob * view.dims, total, rtol=1e-5, atol=1e-3)
 
     sampler.replay(traj, check)
+
+
+def test_statistics_that_could_never_be_used_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than the 8 rewards that prompt_buffer keeps"):
+        DDPOConfig(prompt_buffer=8, prompt_min_count=16)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -14,7 +15,7 @@ import torch
 import difftune as dt
 from difftune.algorithm import build_algorithm
 from difftune.policy import LoraConfig, Policy
-from difftune.reward import FunctionReward
+from difftune.reward import FunctionReward, Reward
 from difftune.sampler import Sampler
 from difftune.trainer import Trainer, _micro_batches, _split
 from difftune.types import Metrics, NonFiniteError, ParityError, UserError
@@ -166,6 +167,89 @@ def test_a_killed_run_resumes_from_its_checkpoint_and_rewrites_the_log(tmp_path:
     list(resumed)
     assert same(weights(whole), weights(resumed))
     assert timeless(tmp_path / "whole/metrics.jsonl") == timeless(tmp_path / "killed/metrics.jsonl")
+
+
+class Running(Reward):
+    """A reward with a memory: redness above the mean of all it has seen."""
+
+    name = "running"
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Any) -> torch.Tensor:
+        scores = redness(images, prompts)
+        self.total += float(scores.sum())
+        self.count += len(scores)
+        return scores - self.total / self.count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.total, self.count = state["total"], state["count"]
+
+
+def test_a_reward_with_a_memory_resumes_to_the_bit(tmp_path: Path) -> None:
+    whole = make(tmp_path / "whole", reward=Running())
+    list(whole)
+    cut = make(tmp_path / "cut", reward=Running(), save_every=3)
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        if phase == "update" and cut.epoch == 1:
+            raise KeyboardInterrupt
+
+    cut.listener = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        list(cut)
+    resumed = make(tmp_path / "cut", reward=Running(), resume=True)
+    assert resumed.epoch == 1
+    list(resumed)
+    assert timeless(tmp_path / "whole/metrics.jsonl") == timeless(tmp_path / "cut/metrics.jsonl")
+    assert whole.reward.state_dict() == resumed.reward.state_dict()
+    assert same(weights(whole), weights(resumed))
+
+
+def test_the_gate_measures_what_the_updates_replay() -> None:
+    trainer = make(micro_batch=3)
+    next(iter(trainer))
+    assert trainer.parity is not None and trainer.parity["micro_batch_ratio_error"] < 1e-5
+
+
+def test_seconds_of_saving_stand_in_the_next_record(tmp_path: Path) -> None:
+    records = list(make(tmp_path / "run"))
+    assert "save" not in records[0].seconds and records[1].seconds["save"] > 0
+
+
+def test_a_plain_object_is_a_pipeline_too() -> None:
+    class Plain:
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            self.brain = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 12))
+            self.vae = torch.nn.Linear(2, 2)
+            self.scheduler = diffusers.DDIMScheduler()
+
+        def __call__(self, prompt: list[str], num_inference_steps: int = 5, generator: Any = None) -> Any:
+            x = torch.stack([torch.randn(12, generator=g) for g in generator])
+            self.scheduler.set_timesteps(num_inference_steps)
+            for t in self.scheduler.timesteps:
+                x = self.scheduler.step(self.brain(x), t, x).prev_sample
+            return (torch.sigmoid(x).reshape(-1, 3, 2, 2),)
+
+    pipe = Plain()
+    policy = Policy(pipe, LoraConfig(rank=2))
+    assert not any(p.requires_grad for p in pipe.vae.parameters()) and not pipe.vae.training
+    trainer = Trainer(
+        policy=policy,
+        sampler=Sampler(policy, steps=4),
+        algorithm=build_algorithm("ddpo", normalize="batch"),
+        reward=FunctionReward("redness", redness, True),
+        prompts=PROMPTS,
+        epochs=1,
+    )
+    before = weights(trainer)
+    next(iter(trainer))
+    assert not same(before, weights(trainer))
 
 
 def test_a_resumed_step_moves_the_adapter_the_pipeline_uses(tmp_path: Path) -> None:
