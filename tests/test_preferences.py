@@ -288,3 +288,41 @@ def test_an_epoch_without_pairs_takes_no_step() -> None:
     run = trainer(reward=FunctionReward("flat", lambda images, p: torch.ones(len(p)), False))
     metrics = next(iter(run))
     assert run.step == 0 and metrics["reward/std"] == 0 and "loss" not in metrics.values
+
+
+def test_d3pos_gradient_on_the_50_step_chain() -> None:
+    """C40: the slope by a step's standardised shift at the reference: -2 beta a S kappa E[sigma'(a d)], soft labels.
+
+    Fifteen hundred samples, each against five others; the tolerance is four standard errors.
+    """
+    a, beta, step = 0.8, 0.5, 40
+    sampler = chains.t1()
+    count = 1500
+    traj = sampler.rollout([f"p{i}" for i in range(count)])
+    final = traj.states[:, -1, 0]
+    z = (traj.states[:, step + 1] - sampler.transitions(traj, [step])[step].mean)[:, 0]
+    with sampler.policy.reference():
+        base = sampler.transitions(traj, [step])[step]
+    z = z / base.std
+    others = torch.cat([torch.arange(count).roll(k) for k in range(1, 6)])
+    mine = torch.arange(count).repeat(5)
+    chance = torch.sigmoid(a * (final[mine] - final[others]))
+
+    def loss_of(view: Any) -> None:
+        log_ratio = (view.log_prob - base.log_prob(traj.step_out(step))) * view.dims
+        won = d3po.preference_loss(log_ratio[mine], log_ratio[others], beta, 0.1)
+        lost = d3po.preference_loss(log_ratio[others], log_ratio[mine], beta, 0.1)
+        (chance * won + (1 - chance) * lost).mean().backward()
+
+    sampler.replay(traj, loss_of, [step])
+    parameter = sampler.policy.parameters()[0]
+    assert parameter.grad is not None
+    slope = parameter.grad[49 - step, 0]
+    # From the shift of the predicted noise to that of the step's mean, in units of its std.
+    bars = sampler.policy.pipe.brain.alpha_bars
+    bar, below = float(bars[49 - step]), float(bars[48 - step])
+    coefficient = math.sqrt(1 - below - base.std**2) - math.sqrt(below * (1 - bar) / bar)
+    got = float(slope) * base.std / coefficient
+    error = float((beta * (chance - 0.5) * (z[mine] - z[others])).std()) / count**0.5
+    assert got == pytest.approx(-0.026796, abs=4 * error)
+    assert 4 * error < 0.02
