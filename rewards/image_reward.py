@@ -68,8 +68,8 @@ class ImageReward(Reward):
         from transformers import BertTokenizer
 
         precision = floating(self.name, dtype)
-        self.vision: Any = _vision(self.name, state).to(precision)
-        self.text: Any = _text(self.name, state, geometry, self.vision.config.hidden_size).to(precision)
+        self.vision = _vision(self.name, state).to(precision)
+        self.text = _text(self.name, state, geometry, self.vision.config.hidden_size).to(precision)
         layers, _ = linear_stack(self.name, state, r"mlp\.layers\.", "none")
         self.head = scalar_head(self.name, layers, self.text.config.hidden_size)
         self.tokenizer = BertTokenizer.from_pretrained(embedded(self.name, tokenizer))
@@ -119,7 +119,7 @@ _VISION = {
 }
 
 
-def _vision(name: str, state: Mapping[str, Tensor]) -> nn.Module:
+def _vision(name: str, state: Mapping[str, Tensor]) -> Any:
     """Return BLIP's vision tower; heads are 64 wide, as in every ViT of its authors."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
@@ -152,7 +152,7 @@ def _vision(name: str, state: Mapping[str, Tensor]) -> nn.Module:
     return _filled(name, BlipVisionModel(config), renamed)
 
 
-def _text(name: str, state: Mapping[str, Tensor], geometry: Mapping[str, Any], width: int) -> nn.Module:
+def _text(name: str, state: Mapping[str, Tensor], geometry: Mapping[str, Any], width: int) -> Any:
     """Return BLIP's text tower with its cross-attention to ``width`` numbers per picture token."""
     from transformers.models.blip.configuration_blip import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel

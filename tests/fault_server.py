@@ -49,7 +49,7 @@ class FaultServer(ThreadingHTTPServer):
         self.answer, self.rate, self.faults = answer, rate, faults
         self.counts: Counter[str] = Counter()
         self.headers: dict[str, str] = {}
-        self.chance, self.lock = random.Random(0), threading.Lock()
+        self.chance, self.lock, self.over = random.Random(0), threading.Lock(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -71,7 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.counts[fault] += 1
         answer = server.answer(body)
         if fault == "hang":
-            time.sleep(1.0)
+            server.over.wait(60)
+            return
         elif fault == "closed":
             self.close_connection = True
             return
@@ -91,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if fault == "drip":
             for byte in data:
+                if server.over.is_set():
+                    break
                 self.wfile.write(bytes([byte]))
                 self.wfile.flush()
                 time.sleep(0.05)
@@ -109,5 +112,6 @@ def serving(
     try:
         yield server
     finally:
+        server.over.set()
         server.shutdown()
         server.server_close()

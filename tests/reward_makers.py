@@ -297,10 +297,10 @@ def llava_folder(folder: Path) -> dict[str, Any]:
     from transformers import LlavaForConditionalGeneration as Llava
 
     byte_tokenizer(folder / "llava")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=32)
     text = LlamaConfig(**sizes, vocab_size=300, num_key_value_heads=2, max_position_embeddings=512)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=1, image_seq_length=16)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=1, image_seq_length=16)
     randomised(Llava(config), 0, 0.3).save_pretrained(folder / "llava")  # type: ignore[operator]
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
         folder / "llava"
@@ -381,6 +381,19 @@ def brightness_server(folder: Path) -> dict[str, Any]:
     return {"url": server.url, "deadline": 20.0}
 
 
+def rating_server(folder: Path) -> dict[str, Any]:
+    """Start a chat server on loopback that writes a final score by the picture's brightness."""
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        picture = body["messages"][0]["content"][0]["image_url"]["url"].split(",")[1]
+        rating = 1 + 4 * brightness({"id": "", "images": [picture]})["scores"][0]
+        return {"choices": [{"message": {"content": f"Final Score: {rating:.4f}"}}]}
+
+    server = FaultServer(answer, 0.0, ())
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return {"url": server.url + "/v1", "model": "any", "deadline": 20.0}
+
+
 def chat_server(folder: Path) -> dict[str, Any]:
     """Start a chat server on loopback that says yes with the probability of the picture's brightness."""
 
@@ -398,6 +411,7 @@ def chat_server(folder: Path) -> dict[str, Any]:
 CASES: dict[str, Case] = {
     "remote": Case(brightness_server, module="tenacity"),
     "vlm_server": Case(chat_server, module="tenacity"),
+    "unified_reward": Case(rating_server, module="tenacity"),
     "vqa_score": Case(lambda folder: {**qwen_folder(folder), "among": "two"}),
     "reward_dance": Case(llava_folder, reference),
     "colour": Case(lambda folder: {"rgb": [1.0, 0.0, 0.5]}),

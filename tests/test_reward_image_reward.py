@@ -62,9 +62,9 @@ def first_state(state: State, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tens
         layer = f"{ear}.encoder.layer.{n}"
         for kind, source, seen in (("attention", None, mask), ("crossattention", tokens, None)):
             looked_at = x if source is None else source
-            parts = [dense(state, f"{layer}.{kind}.self.{name}", looked_at) for name in ("key", "value")]
+            key, value = (dense(state, f"{layer}.{kind}.self.{name}", looked_at) for name in ("key", "value"))
             query = dense(state, f"{layer}.{kind}.self.query", x)
-            out = dense(state, f"{layer}.{kind}.output.dense", attention(query, *parts, 4, seen))
+            out = dense(state, f"{layer}.{kind}.output.dense", attention(query, key, value, 4, seen))
             x = norm(state, f"{layer}.{kind}.output.LayerNorm", out + x, 1e-12)
         out = dense(state, f"{layer}.output.dense", gelu(dense(state, f"{layer}.intermediate.dense", x)))
         x = norm(state, f"{layer}.output.LayerNorm", out + x, 1e-12)

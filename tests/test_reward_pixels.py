@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +128,8 @@ def test_image_similarity_is_clips_cosine(tmp_path: Path) -> None:
     images, other = blurred(3), blurred(5)[3:]
     embed = clip().embed_images
     Image.fromarray((other[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).save(tmp_path / "other.png")
-    metadata = [{"reference": images[0]}, {"reference": str(tmp_path / "other.png")}, {"reference": list(other)}]
+    given: list[Any] = [images[0], str(tmp_path / "other.png"), list(other)]
+    metadata = [{"reference": one} for one in given]
     got = build_reward("image_similarity")(images, ["a", "b", "c"], metadata).total
     assert got[0].item() == pytest.approx(1, abs=1e-5)
     assert got[1].item() == pytest.approx((embed(images[1:2]) @ embed(other[:1]).T).item(), abs=2e-3)
@@ -179,8 +181,8 @@ def test_diversity_is_the_distance_to_the_others_of_the_prompt() -> None:
     d = 1 - x @ x.T
     prompts = ["a", "a", "b", "a"]
     out = build_reward("diversity")(images, prompts)
-    expected = [(d[0, 1] + d[0, 3]) / 2, (d[1, 0] + d[1, 3]) / 2, 0.0, (d[3, 0] + d[3, 1]) / 2]
-    assert out.total.tolist() == pytest.approx([float(v) for v in expected], abs=1e-6)
+    expected = [d[0, 1] + d[0, 3], d[1, 0] + d[1, 3], d[0, 0] * 0, d[3, 0] + d[3, 1]]
+    assert out.total.tolist() == pytest.approx([float(v) / 2 for v in expected], abs=1e-6)
     near = build_reward("diversity", to="nearest")(images, prompts).total
     assert near.tolist() == pytest.approx([0, float(d[0, 1]), 0, 0], abs=1e-6)
     assert out.parts["vendi"][2].item() == pytest.approx(1) and 1 < out.parts["vendi"][0].item() < 3

@@ -176,9 +176,9 @@ def test_gradients_reach_the_pixels_if_and_only_if_the_scorer_says_so(scorer: Su
             up, down = (scorer(images + sign * step * direction, prompts).total for sign in (1, -1))
         if scorer.reward.groupwise:  # the pixels of one sample move the scores of its group
             return bool(((up - down).sum() / (2 * step) - norms.sum()).abs() < 0.02 * norms.sum() + noise / step)
-        return bool(((up - down) / (2 * step) - norms).abs().max() < 0.02 * norms.min() + noise / step)
+        return bool((((up - down) / (2 * step) - norms).abs() < 0.02 * norms + noise / step).all())
 
-    assert any(agrees(step) for step in (0.05, 0.01, 0.002))
+    assert any(agrees(step) for step in (0.05, 0.01, 0.002, 0.0005))
     assert noise / 0.05 < 0.3 * norms.max(), "the test could not fail: rounding is as large as the gradient"
 
 

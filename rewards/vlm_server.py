@@ -1,0 +1,140 @@
+"""A vision-language model behind any server with OpenAI's chat interface (vLLM and its like): yes or no, or a rating.
+
+- ``yes_no`` asks for one token with its log-probabilities: ``P(yes) / (P(yes) + P(no))``, summed over the spellings
+  among the most likely tokens.
+- ``rating`` lets it write and reads the last number of the form ``score: 3.5``; the score is the rating's place between
+  the lowest and the highest.
+
+A reply without an answer is asked for again, and after the deadline the run stops: a silent 0 would be learned from.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from difftune.reward import Reward, reward
+from difftune.rewards._remote import BadReply, Memory, Remote, content_key, png, text_of
+from difftune.types import UserError
+
+YES_NO = 'Does this image show "{prompt}"? Answer with yes or no.'
+"""The question where none is set; ``{prompt}`` becomes the sample's prompt."""
+
+RATING = (
+    'Rate from 1 to 5 how well this image shows "{prompt}": 1 for not at all, 5 for completely and without flaws. '
+    'Explain briefly, then end with "Score: " and the number.'
+)
+"""The request for a rating where none is set."""
+
+
+@reward("vlm_server")
+class VlmServer(Reward):
+    """What a vision-language model behind an OpenAI-compatible server answers: P(yes), or a rating; in [0, 1].
+
+    Args:
+        url: the server's base, e.g. ``http://127.0.0.1:8000/v1``.
+        model: the model's name there.
+        mode: ``yes_no`` or ``rating``.
+        question: what is asked; ``{prompt}`` is replaced by the prompt.
+        low: the lowest rating.
+        high: the highest rating.
+        max_tokens: of a rating's answer.
+        concurrency: requests at a time.
+        timeout: seconds that one attempt may take.
+        deadline: seconds that a call may take with all its attempts; then the run stops, and can be resumed.
+        key_env: name of the environment variable that holds the key, e.g. ``OPENAI_API_KEY``.
+    """
+
+    range = "[0, 1]"
+    weights = "the server's"
+    licence = "the server's"
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        mode: Literal["yes_no", "rating"] = "yes_no",
+        question: str | None = None,
+        low: float = 1.0,
+        high: float = 5.0,
+        max_tokens: int = 512,
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        deadline: float = 600.0,
+        key_env: str = "",
+    ) -> None:
+        if mode not in ("yes_no", "rating") or not low < high:
+            raise UserError(f"reward {self.name!r}: mode is {mode!r} from {low} to {high}, expected yes_no or rating")
+        self.server = Remote(
+            self.name, url.rstrip("/") + "/chat/completions", timeout, deadline, concurrency, key_env
+        )
+        self.model_name, self.mode, self.low, self.high = model, mode, low, high
+        self.question = question or (YES_NO if mode == "yes_no" else RATING)
+        self.max_tokens = max_tokens
+        self._memory = Memory()
+
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Return ``(B,)`` probabilities or ratings."""
+        files = [png(image) for image in images]
+        keys = [content_key(file, prompt, {}) for file, prompt in zip(files, prompts, strict=True)]
+        wanted = self._memory.missing(keys)
+        payloads = [self._payload(files[index], prompts[index]) for index in wanted]
+        for index, value in zip(wanted, self.server.post_all(payloads, self._read), strict=True):
+            self._memory.add(keys[index], value)
+        return torch.tensor(self._memory.take(keys), device=images.device)
+
+    def _payload(self, file: bytes, prompt: str) -> dict[str, Any]:
+        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text_of(file)}"}}
+        # A prompt is data: replaced, not formatted.
+        words = {"type": "text", "text": self.question.replace("{prompt}", prompt)}
+        body = {
+            "model": self.model_name,
+            "messages": [{"role": "user", "content": [picture, words]}],
+            "temperature": 0,
+            "max_tokens": 1 if self.mode == "yes_no" else self.max_tokens,
+        }
+        return {**body, "logprobs": True, "top_logprobs": 20} if self.mode == "yes_no" else body
+
+    def _read(self, index: int, reply: Any) -> float:
+        try:
+            choice = reply["choices"][0]
+            if self.mode == "yes_no":
+                return yes_probability(choice["logprobs"]["content"][0]["top_logprobs"])
+            return (last_rating(choice["message"]["content"], self.low, self.high) - self.low) / (self.high - self.low)
+        except (KeyError, IndexError, TypeError) as error:
+            raise BadReply(f"the reply has no answer ({type(error).__name__} {error})") from None
+
+
+def yes_probability(entries: Sequence[Mapping[str, Any]]) -> float:
+    """Return ``P(yes) / (P(yes) + P(no))`` from the most likely tokens with their log-probabilities.
+
+    Raises:
+        BadReply: neither is among them.
+    """
+    mass = {"yes": 0.0, "no": 0.0}
+    for entry in entries:
+        word = str(entry["token"]).strip().strip("▁Ġ.,!'\"").lower()
+        if word in mass:
+            mass[word] += math.exp(float(entry["logprob"]))
+    total = mass["yes"] + mass["no"]
+    if not total > 0 or not math.isfinite(total):
+        raise BadReply("neither yes nor no is among the most likely tokens")
+    return mass["yes"] / total
+
+
+def last_rating(text: str, low: float, high: float) -> float:
+    """Return the last ``score: x`` of an answer, or its only number.
+
+    Raises:
+        BadReply: there is none between ``low`` and ``high``.
+    """
+    number = r"(-?\d+(?:\.\d+)?)"
+    found = re.findall(rf"score\W*{number}", text, re.IGNORECASE) or re.findall(rf"^\W*{number}\W*$", text.strip())
+    if not found or not low <= float(found[-1]) <= high:
+        raise BadReply(f"no rating from {low:g} to {high:g} in {text[:60]!r}")
+    return float(found[-1])

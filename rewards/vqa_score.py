@@ -1,0 +1,77 @@
+"""VQAScore: the probability that a vision-language model answers "Yes" to whether the picture shows the prompt.
+
+Lin et al. 2024, "Evaluating Text-to-Visual Generation with Image-to-Text Generation" (arXiv 2404.01291). Two forms are
+in use, and both are here: the probability of "Yes" among *all* tokens (the authors' code for decoder models), and among
+yes and no alone, ``sigmoid(l_yes - l_no)``, which does not fall when the model would rather say something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from difftune.reward import Reward, reward
+from difftune.rewards._vlm import Judge
+from difftune.types import UserError
+
+QUESTION = 'Does this figure show "{prompt}"? Please answer Yes or No.'
+"""The question of the paper's code; ``{prompt}`` becomes the sample's prompt."""
+
+
+def yes_score(logits: Tensor, yes: int, no: int, among: str) -> Tensor:
+    """Return P(yes) among all tokens or among yes and no, from logits ``(..., V)``."""
+    if among == "all":
+        return logits.softmax(-1)[..., yes]
+    return torch.sigmoid(logits[..., yes] - logits[..., no])
+
+
+@reward("vqa_score")
+class VqaScore(Reward):
+    """Probability that a local vision-language model answers yes to whether the picture shows the prompt.
+
+    Args:
+        model: folder or hub id of a model of the families llava, qwen2_vl or qwen2_5_vl.
+        question: what is asked; ``{prompt}`` is replaced by the prompt.
+        yes: the answer that counts.
+        no: the other one.
+        among: ``all`` tokens, or ``two``, the answers alone.
+        revision: branch, tag or commit of a hub id.
+        dtype: precision of the model.
+    """
+
+    differentiable = True
+    range = "[0, 1]"
+    weights = "any model of the families llava, qwen2_vl, qwen2_5_vl"
+    licence = "the model's"
+
+    def __init__(
+        self,
+        model: str,
+        question: str = QUESTION,
+        yes: str = "Yes",
+        no: str = "No",
+        among: Literal["all", "two"] = "all",
+        revision: str | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        if among not in ("all", "two"):
+            raise UserError(f"reward {self.name!r}: among is {among!r}, expected 'all' or 'two'")
+        self.judge = Judge(self.name, model, revision, dtype)
+        self.question, self.among = question, among
+        self.yes, self.no = self.judge.token(yes), self.judge.token(no)
+
+    def modules(self) -> list[nn.Module]:
+        """Return the model."""
+        return [self.judge.model]
+
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Return ``(B,)`` probabilities."""
+        rows = [
+            # A prompt is data: replaced, not formatted.
+            self.judge.answer_logits([image], self.question.replace("{prompt}", prompt))
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+        return yes_score(torch.stack(rows), self.yes, self.no, self.among).to(images.device)

@@ -1,0 +1,128 @@
+"""Local vision-language judges: parity with transformers' own processors and forward, and the scores on top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reward_makers import byte_tokenizer, llava_folder, qwen_folder
+from torch import Tensor
+
+from difftune.reward import build_reward
+from difftune.rewards._vlm import Judge, fitted
+from difftune.rewards.reward_dance import order_averaged
+from difftune.rewards.vqa_score import VqaScore, yes_score
+from difftune.types import UserError
+
+
+def pictures(height: int = 32, width: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, 3, height, width), generator=generator) / 255
+
+
+def as_pil(picture: Tensor) -> Image.Image:
+    return Image.fromarray((picture.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("vlm")
+    return {"llava": llava_folder(folder)["model"], "qwen": qwen_folder(folder)["model"]}
+
+
+def test_llava_is_the_forward_of_model_and_processor(folders: dict[str, str]) -> None:
+    from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(folders["llava"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folders["llava"])
+    processor: Any = AutoImageProcessor.from_pretrained(folders["llava"])
+    judge = Judge("x", folders["llava"], None, "float32")
+    for picture in pictures():
+        text = "USER: " + "<image>" * 16 + "\nIs it red? ASSISTANT:"
+        inputs = tokenizer(text, return_tensors="pt")
+        pixels = processor(images=as_pil(picture), return_tensors="pt").pixel_values
+        with torch.no_grad():
+            expected = model(**inputs, pixel_values=pixels).logits[0, -1]
+        got = judge.answer_logits([picture], "Is it red?")
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_qwen_is_the_forward_of_model_and_processor(folders: dict[str, str]) -> None:
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
+
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folders["qwen"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folders["qwen"])
+    processor: Any = Qwen2VLImageProcessor.from_pretrained(folders["qwen"])
+    judge = Judge("x", folders["qwen"], None, "float32")
+    for picture in (*pictures(32, 48), pictures(64, 64)[0]):
+        features = processor(images=as_pil(picture), return_tensors="pt")
+        count = int(features.image_grid_thw.prod()) // 4
+        got_patches, rows, columns = judge._pictures.patches(picture)  # type: ignore[union-attr]
+        assert (rows * columns) // 4 == count
+        torch.testing.assert_close(got_patches, features.pixel_values, atol=1e-5, rtol=0)
+        seen = "<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>"
+        text = f"<|im_start|>user\n{seen}Is it red?<|im_end|>\n<|im_start|>assistant\n"
+        inputs = tokenizer(text, return_tensors="pt")
+        kinds = (inputs.input_ids == 2).long()
+        with torch.no_grad():
+            expected = model(**inputs, **features, mm_token_type_ids=kinds).logits[0, -1]
+        torch.testing.assert_close(judge.answer_logits([picture], "Is it red?"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sizes_are_the_processors() -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    for height, width in ((64, 64), (512, 512), (30, 200), (720, 1280), (17, 16), (10, 900), (1000, 400)):
+        for least, most in ((3136, 200704), (56 * 56, 28 * 28 * 1280)):
+            expected = smart_resize(height, width, 28, least, most)
+            assert fitted(height, width, 28, least, most) == tuple(expected), (height, width)
+
+
+def test_vqa_score_is_a_probability_of_the_answer(folders: dict[str, str]) -> None:
+    images, prompts = pictures(), ["a red circle", "stars"]
+    settings = {"model": folders["llava"], "question": 'Is it "{prompt}"?'}
+    every, two = (build_reward("vqa_score", **settings, among=among) for among in ("all", "two"))
+    assert isinstance(every, VqaScore)
+    logits = torch.stack(
+        [every.judge.answer_logits([i], f'Is it "{p}"?') for i, p in zip(images, prompts, strict=True)]
+    )
+    torch.testing.assert_close(every(images, prompts).total, logits.softmax(-1)[:, every.yes])
+    pair = logits[:, [every.yes, every.no]].softmax(-1)[:, 0]
+    torch.testing.assert_close(two(images, prompts).total, pair)
+    assert len(every.modules()) == 1 and yes_score(torch.zeros(4), 1, 2, "all").item() == 0.25
+    with pytest.raises(UserError, match="among is 'some'"):
+        build_reward("vqa_score", **settings, among="some")
+
+
+def test_a_prompt_cannot_bring_picture_tokens(folders: dict[str, str]) -> None:
+    judge = Judge("x", folders["llava"], None, "float32")
+    plain = judge.answer_logits([pictures()[0]], "what is   ?")
+    assert torch.equal(judge.answer_logits([pictures()[0]], "what is <image> ?"), plain)
+    assert torch.equal(judge.answer_logits([pictures()[0]], "what is \x00 ?"), plain)
+
+
+def test_reward_dance_is_a_half_for_a_picture_against_itself(folders: dict[str, str]) -> None:
+    """The sheet's C121."""
+    assert order_averaged(torch.tensor(0.7), torch.tensor(0.7)).item() == pytest.approx(0.5)
+    images = pictures()
+    score = build_reward("reward_dance", model=folders["llava"])
+    same = score(images, ["a", "b"], [{"reference": image} for image in images]).total
+    assert same.tolist() == pytest.approx([0.5, 0.5], abs=1e-6)
+    there = score(images[:1], ["a"], [{"reference": images[1]}]).total
+    back = score(images[1:], ["a"], [{"reference": images[0]}]).total
+    assert (there + back).item() == pytest.approx(1, abs=1e-5) and abs(there.item() - 0.5) > 1e-5
+    one = build_reward("reward_dance", model=folders["llava"], both_orders=False)
+    assert abs((one(images[:1], ["a"], [{"reference": images[0]}]).total.item()) - 0.5) > 1e-5
+
+
+def test_other_families_are_sent_to_a_server(tmp_path: Path) -> None:
+    from transformers import BlipConfig
+
+    BlipConfig().save_pretrained(tmp_path)
+    byte_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="is of the family 'blip', expected llava, qwen2_vl.*use vlm_server"):
+        Judge("x", str(tmp_path), None, "float32")
