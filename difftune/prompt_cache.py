@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,19 +20,54 @@ from torch import Tensor
 _Key = tuple[Any, ...]
 
 
+class _Store:
+    """Values by key, the least recently used dropped once they hold more bytes than ``capacity``."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._held = 0
+        self._values: OrderedDict[_Key, tuple[Any, int]] = OrderedDict()
+
+    def get(self, key: _Key, make: Callable[[], Any]) -> Any:
+        """Return the value of ``key``, made if it is not there."""
+        if key not in self._values:
+            value = make()
+            size = _bytes_of(value)
+            self._values[key] = (value, size)
+            self._held += size
+            while self._held > self._capacity and len(self._values) > 1:
+                _, (_, dropped) = self._values.popitem(last=False)
+                self._held -= dropped
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._values.clear()
+        self._held = 0
+
+
+def _bytes_of(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(_bytes_of, items))
+
+
 class PromptCache:
     """Answers ``pipe.encode_prompt`` from memory.
 
     Args:
         pipe: the pipeline; one without ``encode_prompt`` is left alone.
-        capacity: how many prompts (and how many whole batches) are kept; the least recently used goes first.
+        capacity: bytes of embeddings that are kept, on the device they were made on; the least recently used go
+            first.
     """
 
-    def __init__(self, pipe: Any, capacity: int = 4096) -> None:
+    def __init__(self, pipe: Any, capacity: int = 2**30) -> None:
         self._pipe = pipe
-        self._capacity = capacity
-        self._rows: OrderedDict[_Key, Any] = OrderedDict()
-        self._batches: OrderedDict[_Key, Any] = OrderedDict()
+        self._rows = _Store(capacity)
+        # Whole batches are seldom met again: shuffled micro-batches are all different.
+        self._batches = _Store(capacity // 4)
         self._layouts: dict[_Key, Any] = {}
 
     def clear(self) -> None:
@@ -90,27 +125,18 @@ class PromptCache:
         layout = self._layout(call, arguments, listed, rest)
         if layout is None:
             key = (rest, tuple((name, tuple(arguments[name])) for name in listed))
-            if key not in self._batches:
-                self._batches[key] = call(arguments)
-            return self._recent(self._batches, key)
+            return self._batches.get(key, lambda: call(arguments))
         rows = []
         for i in range(count):
             key = (rest, tuple((name, arguments[name][i]) for name in listed))
-            if key not in self._rows:
-                self._rows[key] = call({**arguments, **{name: [arguments[name][i]] for name in listed}})
-            rows.append(self._recent(self._rows, key))
+            one = {**arguments, **{name: [arguments[name][i]] for name in listed}}
+            rows.append(self._rows.get(key, lambda one=one: call(one)))
         try:
             return _merge(rows, layout)
         except _RaggedError:
             # Rows of different lengths: this encoder pads to the longest prompt, so batches are cached as they are.
             self._layouts[rest] = None
             return self._encode(original, arguments, signature)
-
-    def _recent(self, store: OrderedDict[_Key, Any], key: _Key) -> Any:
-        store.move_to_end(key)
-        while len(store) > self._capacity:
-            store.popitem(last=False)
-        return store[key]
 
     def _layout(self, call: Any, arguments: dict[str, Any], listed: list[str], rest: _Key) -> Any:
         if rest not in self._layouts:

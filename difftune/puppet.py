@@ -82,7 +82,10 @@ class Prediction:
             x, v = tr.working(self.sample), self.output
             return tr.FLOW_DYNAMICS[name](x, v, self.now.sigma, self.nxt.sigma, eta, self.below_one)
         if self.dynamics == "lcm":
-            return tr.lcm(self.x0, self.nxt, self.last or not noisy)
+            if noisy or self.last:
+                return tr.lcm(self.x0, self.nxt, self.last)
+            # Outside the window the sample moves to the next level along the predicted noise.
+            return tr.ddim(self.x0, self.noise, self.now, self.nxt, 0.0)
         return tr.ddim(self.x0, self.noise, self.now, self.nxt, 0.0 if self.dynamics == "ode" else eta)
 
     def lands_on_data(self) -> bool:

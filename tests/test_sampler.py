@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from difftune.policy import LoraConfig, Policy
+from difftune.prompt_cache import PromptCache
+from difftune.puppet import Prediction
 from difftune.sampler import Sampler, StepView, keyed_noise, sample_keys, to_images
 from difftune.types import NonFiniteError, ParityError, Trajectory, UserError
 
@@ -492,3 +494,40 @@ def test_images_are_understood_in_every_form() -> None:
     assert video.shape == (2, 3, 3, 8, 8)
     with pytest.raises(UserError, match="expected images or frames"):
         to_images({"nothing": 1}, 2)
+
+
+def test_lcm_steps_outside_the_window_keep_the_noise_level() -> None:
+    scheduler = diffusers.LCMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    sampler = Sampler(Policy(tiny.sd_pipeline(scheduler), LoraConfig(rank=2)), steps=4, window=[0])
+    seen = []
+    transition = Prediction.transition
+
+    def watch(self: Prediction, noisy: bool = True) -> Any:
+        step = transition(self, noisy)
+        seen.append((self.index, noisy, step, self))
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prediction, "transition", watch)
+        traj = sampler.rollout(PROMPTS)
+    assert traj.stochastic_steps == [0]
+    for index, noisy, step, prediction in seen:
+        if not noisy and index < 3:
+            expected = prediction.nxt.alpha * prediction.x0 + prediction.nxt.sigma * prediction.noise
+            torch.testing.assert_close(step.mean, expected)
+
+
+def test_the_prompt_cache_holds_a_bounded_number_of_bytes() -> None:
+    pipe = tiny.sd_pipeline()
+    cache = PromptCache(pipe, capacity=3 * 2 * 8 * 16 * 4)  # three prompts: embeddings with and without the text
+    calls = []
+    pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    with cache.open():
+        for prompt in ("a", "b", "c", "d", "a"):
+            before = len(calls)
+            pipe.encode_prompt([prompt], torch.device("cpu"), 1, True)
+            made = len(calls) - before
+            assert made > 0, "the first was dropped for the fourth"
+        before = len(calls)
+        pipe.encode_prompt(["d"], torch.device("cpu"), 1, True)
+        assert len(calls) == before
