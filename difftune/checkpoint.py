@@ -203,7 +203,7 @@ def load_latest(root: Path) -> tuple[dict[str, Any], Path] | None:
 
 def rng_state() -> dict[str, Any]:
     """Return the state of every global random generator: torch (CPU and CUDA), numpy and Python."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

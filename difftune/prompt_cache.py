@@ -9,6 +9,7 @@ the batch (padding to the longest) are cached whole batch by whole batch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -130,7 +131,7 @@ class PromptCache:
         for i in range(count):
             key = (rest, tuple((name, arguments[name][i]) for name in listed))
             one = {**arguments, **{name: [arguments[name][i]] for name in listed}}
-            rows.append(self._rows.get(key, lambda one=one: call(one)))
+            rows.append(self._rows.get(key, functools.partial(call, one)))
         try:
             return _merge(rows, layout)
         except _RaggedError:

@@ -1,6 +1,7 @@
 """The world is read back exactly, wrong clauses are caught, and blur or another size does not matter."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ def test_every_wrong_clause_is_caught(name, rendered, readings):
     for scene, reading in zip(rendered[0][:100], readings, strict=False):
         if reading.clauses != scene.clauses:
             continue
+        wrong: Any
         for wrong in VALUES[name]:
             if wrong != getattr(scene, name):
                 assert score_clauses(reading, {name: wrong})[name] < 1
@@ -90,7 +92,7 @@ def test_other_sizes_are_read_alike(zoom, rendered):
 
 def test_tensors_and_arrays_are_read_alike(rendered):
     picture = rendered[1][0]
-    assert read_scene(torch.from_numpy(picture)) == read_scene(picture)
+    assert read_scene(torch.from_numpy(picture)) == read_scene(picture)  # type: ignore[arg-type]
 
 
 def test_noise_is_not_readable():
@@ -109,7 +111,7 @@ def test_an_empty_background_has_no_objects():
 
 def test_readings_are_values(rendered):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        read_scene(rendered[1][0]).background = "red"
+        read_scene(rendered[1][0]).background = "red"  # type: ignore[misc]
 
 
 def test_a_wrong_layout_is_refused():

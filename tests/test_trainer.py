@@ -322,7 +322,7 @@ def test_a_failing_gate_stops_before_the_first_update() -> None:
         trainer.sampler._fixed["guidance_scale"] = 1.0
         return out
 
-    trainer._rollout = planted  # type: ignore[method-assign]
+    trainer._rollout = planted  # type: ignore[method-assign,assignment]
     with pytest.raises(ParityError):
         next(iter(trainer))
     assert same(kept, weights(trainer))
