@@ -172,13 +172,13 @@ class _Interrupts:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Let a signal wait: within the block it is only noted."""
-        self._held = True
+    def held(self, hold: bool = True) -> Iterator[None]:
+        """Let a signal wait: within the block it is only noted. ``hold=False`` lets it through again."""
+        before, self._held = self._held, hold
         try:
             yield
         finally:
-            self._held = False
+            self._held = before
 
     def check(self) -> None:
         """Raise what was held back, or what an unraisable place has swallowed."""
@@ -305,32 +305,42 @@ def _run_epochs(config: RunConfig, resume: bool, interrupts: _Interrupts) -> Non
     trainer.listener = listen
     if trainer.epoch:
         _say(f"resumed after epoch {trainer.epoch}")
-    with progress:
+    with progress, interrupts.held():
         if config.train.sample_every and not trainer.epoch:
             progress.phase("samples of the base model", 0, 0)
-        for metrics in _epochs(trainer, progress):
-            # A signal that came just now waits for the next epoch, whose beginning can be saved.
-            with interrupts.held():
-                progress.finished(metrics)
-        interrupts.check()
-    with interrupts.held():
+        for metrics in _epochs(trainer, interrupts, progress):
+            progress.finished(metrics)
         trainer.save()
     interrupts.check()
 
 
-def _epochs(trainer: Any, progress: Progress) -> Iterator[Metrics]:
-    """Iterate over the trainer; the clock of the first epoch starts after the base model's samples."""
-    started = False
+def _epochs(trainer: Any, interrupts: _Interrupts, progress: Progress) -> Iterator[Metrics]:
+    """Iterate over the trainer, and let signals through to it alone: it saves what it is before it gives up."""
+    iterator = iter(trainer)
+    # The clock of the first epoch starts after the base model's samples, with the first phase that is reported.
+    listen, begun = trainer.listener, False
 
-    def begin(phase: str, done: int, total: int) -> None:
-        nonlocal started
-        if not started:
-            started = True
+    def begin(*phase: Any) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
             progress.begin()
-        listen(phase, done, total)
+        listen(*phase)
 
-    listen, trainer.listener = trainer.listener, begin
-    yield from trainer
+    trainer.listener = begin
+    while True:
+        try:
+            with interrupts.held(False):
+                interrupts.check()
+                metrics = next(iterator, None)
+        except KeyboardInterrupt:
+            # It may have come just before the trainer went on: told now, it saves; told a second time, it is silent.
+            with contextlib.suppress(KeyboardInterrupt):
+                iterator.throw(KeyboardInterrupt())
+            raise
+        if metrics is None:
+            return
+        yield metrics
 
 
 def _progress(trainer: Any, config: RunConfig) -> Progress:

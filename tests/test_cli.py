@@ -269,7 +269,8 @@ def test_a_second_signal_leaves_at_once(place: Path, tmp_path: Path, hang: str) 
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    assert process.returncode == 130 and time.monotonic() - started < 15
+    # Where the first signal was enough already, the second may find the process on its way out.
+    assert process.returncode in (130, -signal.SIGINT) and time.monotonic() - started < 15
 
 
 def test_a_swallowed_signal_is_raised_at_the_next_phase() -> None:
