@@ -27,7 +27,7 @@ import difftune
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from difftune.config import RunConfig
+    from difftune.config import RunConfig, SamplerConfig
     from difftune.prompts import Prompt
     from difftune.tracking import Comparison, Progress
     from difftune.types import Metrics
@@ -391,14 +391,15 @@ def _compare(adapter: Path, config: RunConfig, prompts: Sequence[Prompt], sample
         steps=evaluate.steps or config.sampler.steps,
         guidance_scale=config.sampler.guidance_scale if evaluate.guidance_scale is None else evaluate.guidance_scale,
         batch_size=config.sampler.batch_size,
-        call={**_size_of(config), **config.sampler.call, **evaluate.call},
+        call={**_call_of(config.sampler), **evaluate.call},
         progress=_phase_lines("held-out pictures"),
     )
 
 
-def _size_of(config: RunConfig) -> dict[str, Any]:
-    wanted = {name: getattr(config.sampler, name) for name in ("height", "width", "negative_prompt")}
-    return {name: value for name, value in wanted.items() if value is not None}
+def _call_of(sampler: SamplerConfig) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call that a sampler's settings stand for."""
+    wanted = {name: getattr(sampler, name) for name in ("height", "width", "negative_prompt")}
+    return {**{name: value for name, value in wanted.items() if value is not None}, **sampler.call}
 
 
 def _phase_lines(what: str) -> Any:
@@ -433,6 +434,18 @@ def _stills(images: Tensor) -> Tensor:
     return images if images.ndim == 4 else images[:, 0]
 
 
+def _command() -> str:
+    """Return how this command can be called again: by its name if a shell finds it, else by its path."""
+    if shutil.which("difftune"):
+        return "difftune"
+    here = Path(sys.argv[0])
+    if here.name != "difftune":
+        return "python -m difftune.cli"
+    with contextlib.suppress(ValueError):
+        return str(here.absolute().relative_to(Path.cwd()))
+    return str(here)
+
+
 def _tell_results(out: Path, comparison: Comparison | None) -> None:
     _say()
     for line in _reward_lines(out, comparison):
@@ -444,10 +457,11 @@ def _tell_results(out: Path, comparison: Comparison | None) -> None:
     for name, path in places.items():
         if path.exists():
             _say(f"{name:<9}{path}")
+    command = _command()
     following = {
-        f"difftune generate {out} --compare": "more pictures, base beside tuned; your own: --prompt '...'",
-        f"difftune evaluate {out} -n 128": "the figures again, on more pictures",
-        "difftune new ddpo-scene-tiny-sd my.yaml": "a recipe to change; all of them: difftune list recipes",
+        f"{command} generate {out} --compare": "more pictures, base beside tuned; your own: --prompt '...'",
+        f"{command} evaluate {out} -n 128": "the figures again, on more pictures",
+        f"{command} new ddpo-scene-tiny-sd my.yaml": "a recipe to change; all of them: difftune list recipes",
     }
     width = max(map(len, following))
     _say("next:")
@@ -518,13 +532,18 @@ def _settings(adapter: Path) -> dict[str, Any]:
 
     from difftune.config import read_yaml
     from difftune.export import inspect_adapter
+    from difftune.types import UserError
 
     folder = adapter if adapter.is_dir() else adapter.parent
-    if (folder.parent / "config.yaml").is_file():
+    # Only a run's own adapter: a file that merely lies beside some run says itself what it was made with.
+    if folder.name == "adapter" and (folder.parent / "config.yaml").is_file():
         settings = read_yaml(folder.parent / "config.yaml")
     else:
         header = inspect_adapter(adapter)["metadata"]
-        settings = json.loads(header.get("difftune.config", "{}"))
+        try:
+            settings = dict(json.loads(header.get("difftune.config", "{}")))
+        except (ValueError, TypeError):
+            raise UserError(f"{adapter}: the settings in its header are no JSON; give --model and --prompts") from None
         if "model" not in settings and "difftune.base_model" in header:
             settings["model"] = {"id": header["difftune.base_model"]}
     settings.pop("plugins", None)
@@ -590,7 +609,7 @@ def generate(
         "steps": steps or (sampler.steps if trained else None),
         "guidance_scale": sampler.guidance_scale if guidance is None else guidance,
         "batch_size": sampler.batch_size,
-        "call": sampler.call,
+        "call": _call_of(sampler),
     }
     base = draw(pipe, texts, **drawing) if compare else None
     load_adapter(pipe, source)
@@ -656,7 +675,8 @@ def evaluate(
             "device": device,
             # Nothing is trained: the algorithm is only what a configuration cannot do without.
             "algorithm": "ddpo",
-        }
+        },
+        trains=False,
     )
     entries = _asked_prompts(None, prompts, settings)
     comparison = _compare(source, config, entries, number)
@@ -799,7 +819,9 @@ def score(
         fields = dict.fromkeys(key for row in rows for key in row)
         writer = csv.DictWriter(sys.stdout, list(fields))
         writer.writeheader()
-        writer.writerows(rows)
+        # A terminal must not be steered by a prompt; a file gets the prompt as it is.
+        tame = _clean if sys.stdout.isatty() else str
+        writer.writerows({k: tame(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
     else:
         for row in rows:
             extra = "  ".join(f"{key} {value:.4g}" for key, value in row.items() if key not in _ROW)

@@ -300,6 +300,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     data, base, name = _read_source(source)
     data, problems = _absolute(data, base), []
+    if Path(source).is_dir():
+        # A run that was moved or copied is where it is now, not where it was made.
+        data["out"] = str(source)
     for override in overrides:
         try:
             _override(data, override)
@@ -307,16 +310,17 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             problems.append(str(error))
     data.setdefault("out", None)
     if data["out"] is None:
-        data["out"] = str(Path(source)) if Path(source).is_dir() else f"runs/{name}"
+        data["out"] = f"runs/{name}"
     return validate(data, problems)
 
 
-def validate(data: Mapping[str, Any], problems: Sequence[str] = ()) -> RunConfig:
+def validate(data: Mapping[str, Any], problems: Sequence[str] = (), *, trains: bool = True) -> RunConfig:
     """Validate a configuration that is a mapping already; plug-ins that it names are run first.
 
     Args:
         data: the mapping.
         problems: mistakes that were found before, to be reported with the others.
+        trains: whether the settings must also go together for training; evaluation does not ask that.
 
     Raises:
         UserError: with one line per mistake, all of them.
@@ -327,7 +331,7 @@ def validate(data: Mapping[str, Any], problems: Sequence[str] = ()) -> RunConfig
     except ValidationError as error:
         problems += _lines(error, RunConfig)
     else:
-        problems += _conflicts(config)
+        problems += _conflicts(config) if trains else []
         if not problems:
             return config
     raise UserError("\n".join(dict.fromkeys(problems)))
@@ -695,8 +699,8 @@ def _conflicts(config: RunConfig) -> list[str]:
             f"lora: null trains the denoiser itself, in fp32, and model.dtype is {config.model.dtype}; set model.dtype "
             "to fp32 (with mixed_precision for speed), or train an adapter"
         )
-    if config.device == "cpu" and config.mixed_precision == "fp16":
-        problems.append("mixed_precision: fp16 needs a GPU; use bf16 or no on the CPU")
+    if config.mixed_precision == "fp16":
+        problems.append("mixed_precision: fp16 loses small gradients, and there is no loss scaling; use bf16")
     eta = ETA.get(sampler.dynamics, 1.0) if sampler.eta is None else sampler.eta
     window = None if sampler.window is None else tuple(sampler.window)
     plan = Plan(train.prompts_per_epoch, train.samples_per_prompt, train.updates_per_epoch)

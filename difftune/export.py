@@ -230,7 +230,7 @@ def _collect(component: str, module: nn.Module, adapter_name: str) -> _Adapter:
             folded = folded * scales[path]
         tensors[_published(key, module)] = folded.contiguous()
     _check_finite(component, tensors)
-    return _Adapter(component, tensors, _settings(config))
+    return _Adapter(component, tensors, _settings(config, list(scales)))
 
 
 def _scales(module: nn.Module, adapter_name: str) -> dict[str, float]:
@@ -258,8 +258,12 @@ def _published(key: str, module: nn.Module) -> str:
     return f"text_model.{key}" if flat else key
 
 
-def _settings(config: Any) -> dict[str, Any]:
-    """Return the entries of a LoraConfig that rebuild the folded adapter: what differs from the defaults."""
+def _settings(config: Any, layers: list[str]) -> dict[str, Any]:
+    """Return the entries of a LoraConfig that rebuild the folded adapter: what differs from the defaults.
+
+    ``layers`` are the adapted ones: targets given as a regular expression are written out, since a reader would have
+    to run the expression.
+    """
     default = type(config)().to_dict()
     settings = {
         key: sorted(value) if isinstance(value, set) else value
@@ -270,7 +274,7 @@ def _settings(config: Any) -> dict[str, Any]:
     ranks = dict(config.rank_pattern or {})
     settings.update(r=config.r, lora_alpha=config.r, rank_pattern=ranks, alpha_pattern=dict(ranks))
     targets = config.target_modules
-    settings["target_modules"] = targets if isinstance(targets, str) else sorted(targets or [])
+    settings["target_modules"] = sorted(layers if isinstance(targets, str) else targets or [])
     return settings
 
 
@@ -539,7 +543,14 @@ def _load_component(pipe: Any, component: str, file: Path, header: Mapping[str, 
         return
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-    config = LoraConfig(**json.loads(header["lora_adapter_metadata"]))
+    try:
+        settings = dict(json.loads(header["lora_adapter_metadata"]))
+        if not isinstance(settings.get("target_modules"), list):
+            # peft would run a string as a regular expression, and this one comes from somebody's file.
+            raise TypeError("target_modules is no list")
+        config = LoraConfig(**settings)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: the adapter's settings in its header cannot be read ({error})") from error
     try:
         if hasattr(module, "add_adapter"):
             module.add_adapter(config, adapter_name=adapter_name)  # type: ignore[operator]
