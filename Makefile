@@ -27,7 +27,7 @@ $(STAMP): setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "the pins in constraints.txt need Python 3.11 or newer, got %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,notebooks]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,notebooks,remote]'
 	@touch $@
 
 demo: $(STAMP)

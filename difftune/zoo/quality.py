@@ -145,7 +145,14 @@ def save_grid(pictures: np.ndarray, file: Path, columns: int = 8, zoom: int = 2)
     image.quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
 
 
-def report(names: Sequence[str], count: int, folder: Path | None = None, grids: Path | None = None) -> None:
+def report(
+    names: Sequence[str],
+    count: int,
+    folder: Path | None = None,
+    grids: Path | None = None,
+    every_steps: Sequence[int] = STEPS,
+    every_guidance: Sequence[float] = GUIDANCE,
+) -> None:
     """Prints the figures of the named models.
 
     Args:
@@ -153,6 +160,8 @@ def report(names: Sequence[str], count: int, folder: Path | None = None, grids: 
         count: Pictures per figure.
         folder: Where the models are; None takes the embedded ones.
         grids: Folder for a grid of samples of every generator; None writes none.
+        every_steps: Numbers of denoising steps to measure.
+        every_guidance: Guidance scales to measure.
     """
     console = Console()
     for name in names:
@@ -166,19 +175,25 @@ def report(names: Sequence[str], count: int, folder: Path | None = None, grids: 
         pipeline = load_pipeline(path)
         score = measure_autoencoder(pipeline.vae)
         console.print(f"{name}: autoencoder: clauses {score.clauses:.3f}, correct {score.correct:.3f}")
-        console.print(generator_table(name, pipeline, count))
+        console.print(generator_table(name, pipeline, count, every_steps, every_guidance))
         if grids is not None:
             captions = held_out_captions(24, full=True)
             save_grid(generate(pipeline, captions, 4.0, 10), grids / f"zoo_{name.removeprefix(PREFIX)}.png")
 
 
-def generator_table(name: str, pipeline: DiffusionPipeline, count: int) -> Table:
+def generator_table(
+    name: str,
+    pipeline: DiffusionPipeline,
+    count: int,
+    every_steps: Sequence[int] = STEPS,
+    every_guidance: Sequence[float] = GUIDANCE,
+) -> Table:
     """Scene scores for full and for sampled captions at every guidance and number of steps."""
     table = Table(title=f"{name}: {count} pictures a row (clauses / correct)")
     for heading in ("steps", "guidance", "full captions", "sampled captions"):
         table.add_column(heading, justify="right")
-    for steps in STEPS:
-        for guidance_scale in GUIDANCE:
+    for steps in every_steps:
+        for guidance_scale in every_guidance:
             cells = []
             for full in (True, False):
                 captions = held_out_captions(count, full)
@@ -194,13 +209,16 @@ def main(arguments: list[str] | None = None) -> None:
     short = [name.removeprefix(PREFIX) for name in MODELS]
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"any of {', '.join(short)}; all by default")
     parser.add_argument("--samples", type=int, default=128, help="pictures per figure")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="numbers of denoising steps")
+    parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE, help="guidance scales")
     parser.add_argument("--folder", type=Path, help="measure the models in this folder instead of the embedded ones")
     parser.add_argument("--grids", type=Path, help="write a grid of samples of every generator to this folder")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.models) - set(short):
         parser.error(f"unknown models {', '.join(sorted(unknown))}; expected any of {', '.join(short)}")
     torch.set_flush_denormal(True)
-    report([PREFIX + name for name in chosen.models or short], chosen.samples, chosen.folder, chosen.grids)
+    names = [PREFIX + name for name in chosen.models or short]
+    report(names, chosen.samples, chosen.folder, chosen.grids, chosen.steps, chosen.guidance)
 
 
 if __name__ == "__main__":
