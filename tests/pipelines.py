@@ -89,10 +89,16 @@ def given(name: str = "image", size: int = 16, **more: Callable[[int], Any]) -> 
 
 
 def alive(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill weights that are zero before training, so that gradients flow, and give all one seed."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        if not parameter.data.any():
+    """Give the parameters that carry nothing before training small values, so that gradients flow.
+
+    Zeros carry nothing, and neither does what diffusers leaves uninitialised (LuminaNextDiT2DModel's ``pad_token`` is
+    ``torch.empty``: zeros in one process and 1e33 in the next). Each parameter has a seed of its own, so that one
+    that happens to be filled does not change the others.
+    """
+    for index, parameter in enumerate(module.parameters()):
+        size = parameter.detach().abs().max() if parameter.numel() else torch.zeros(())
+        if not 1e-12 < size < 1e6:
+            generator = torch.Generator().manual_seed(seed + index)
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
     return module.eval()
 

@@ -197,7 +197,7 @@ def test_all_weights_fit_into_30_megabytes():
 def tiny_sd():
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(WEIGHTS / "tiny-sd", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(WEIGHTS / "tiny-sd")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -206,14 +206,16 @@ def tiny_sd():
 def tiny_flow():
     from diffusers import StableDiffusion3Pipeline
 
-    pipeline = StableDiffusion3Pipeline.from_pretrained(WEIGHTS / "tiny-flow", torch_dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(WEIGHTS / "tiny-flow")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.mark.parametrize("name", ["tiny_sd", "tiny_flow"])
 def test_the_stock_pipeline_draws_64_pixels_by_default(name, request):
-    pipeline = request.getfixturevalue(name)
+    pipeline = request.getfixturevalue(name)  # loaded without a word about dtypes
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    assert {part.dtype for part in parts} == {torch.float32}
     assert pipeline.vae_scale_factor == 4
     assert pipeline("a red circle", num_inference_steps=2).images[0].size == (SIZE, SIZE)
 
@@ -231,7 +233,7 @@ def test_the_autoencoder_keeps_the_scene(tiny_sd):
 def test_clip_finds_the_caption_among_64():
     from transformers import CLIPModel, CLIPProcessor
 
-    model = CLIPModel.from_pretrained(WEIGHTS / "tiny-clip").float()
+    model = CLIPModel.from_pretrained(WEIGHTS / "tiny-clip")
     processor = CLIPProcessor.from_pretrained(WEIGHTS / "tiny-clip")
     assert quality.measure_retrieval(model, processor, rounds=2) >= 0.9
 

@@ -27,6 +27,7 @@ def build_clip(out: Path, steps_scale: float) -> None:
     model, processor = clip.train_clip(max(1, round(clip.STEPS * steps_scale)))
     model.half().save_pretrained(out / "tiny-clip")
     processor.save_pretrained(out / "tiny-clip")
+    generator.clean_configs(out / "tiny-clip")
 
 
 def shared_latents(out: Path, vae: AutoencoderKL, steps_scale: float) -> tuple[list[Scene], Tensor]:

@@ -277,8 +277,18 @@ def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
         encoder, tokenizer = silent_t5(pipeline.transformer.config.joint_attention_dim)
         components |= {"text_encoder_3": encoder.half(), "tokenizer_3": tokenizer}
     type(pipeline)(**components).save_pretrained(folder)
-    for file in folder.rglob("*.json"):
-        # Where a part was loaded from is a path of the machine that trained it.
+    clean_configs(folder)
+
+
+def clean_configs(folder: Path) -> None:
+    """Rewrites the configs below `folder`, saved from a copy in 16-bit floats, so that anybody can load it.
+
+    Where a part was loaded from is a path of the machine that trained it. And transformers loads in the dtype its
+    config names while diffusers loads in 32 bits: a stock pipeline would hold both, and stop at the first product.
+    """
+    for file in folder.rglob("config.json"):
         content = json.loads(file.read_text())
-        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        content.pop("_name_or_path", None)
+        if "dtype" in content:
+            content["dtype"] = "float32"
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
