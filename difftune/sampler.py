@@ -120,6 +120,8 @@ class Sampler:
         store: where trajectories are kept: on the ``device`` or in (pinned) ``host`` memory.
         call: further arguments of the pipeline's ``__call__``, the same for every sample.
         autocast: dtype for ``torch.autocast`` around the pipeline, in every mode alike; off by default.
+        initial_noise: whether x_T belongs to the ``sample``, or to the ``prompt``: then the samples of one prompt and
+            epoch begin from the same noise (D3PO, PRDP, DanceGRPO) and differ by the noise of the steps.
 
     Raises:
         UserError: the scheduler or the dynamics cannot be used, or the pipeline does not take an argument.
@@ -141,6 +143,7 @@ class Sampler:
         store: Literal["device", "host"] = "device",
         call: Mapping[str, Any] | None = None,
         autocast: torch.dtype | None = None,
+        initial_noise: Literal["sample", "prompt"] = "sample",
     ) -> None:
         if steps < 1:
             raise UserError(f"sampler.steps: got {steps}, expected at least 1")
@@ -155,6 +158,7 @@ class Sampler:
         self.batch_size = batch_size if quirk.max_batch is None else min(batch_size, quirk.max_batch)
         self.store = store
         self.autocast = autocast
+        self.initial_noise = initial_noise
         self._seats = find_scheduler(policy.pipe)
         self._puppet = make_puppet(getattr(*self._seats[0]), dynamics, eta)
         self.dynamics: str = self._puppet._difftune.dynamics
@@ -373,6 +377,7 @@ class Sampler:
         keys: Sequence[SampleKey] | None = None,
         conditions: Mapping[str, Sequence[Any]] | None = None,
         grad_steps: Sequence[int] | None = None,
+        stop: int | None = None,
         checkpointing: bool = True,
     ) -> Tensor:
         """Sample with a graph from the images back to the weights.
@@ -381,6 +386,7 @@ class Sampler:
             prompts, seed, epoch, keys, conditions: as in :meth:`rollout`; the same keys draw the same images.
             grad_steps: steps whose denoiser call is differentiated, all by default; at the others the prediction is a
                 constant, while the sample itself still carries the graph through the scheduler's linear terms.
+            stop: end at this step and decode the clean sample that it predicts; later steps cost no denoiser call.
             checkpointing: recompute each denoiser call in the backward pass: memory of one call, not of T.
 
         Returns:
@@ -389,7 +395,7 @@ class Sampler:
         prompts = tuple(prompts)
         keys = sample_keys(prompts, seed, epoch) if keys is None else tuple(keys)
         wanted = range(self.steps) if grad_steps is None else grad_steps
-        driver = _Backpropagator(self, keys, frozenset(wanted))
+        driver = _Backpropagator(self, keys, frozenset(wanted), stop)
         out = self._drive(driver, prompts, keys, conditions or {}, checkpointing=checkpointing)
         return to_images(out, len(prompts))
 
@@ -428,6 +434,9 @@ class Sampler:
     ) -> Any:
         """Call the pipeline with the puppet in place; ``None`` if the driver left the loop."""
         state = self._puppet._difftune
+        if self.initial_noise == "prompt":
+            # What the pipeline draws itself is x_T; the noise of the steps is the driver's, by the samples' own keys.
+            keys = tuple(dataclasses.replace(key, sample=-1) for key in keys)
         arguments = self._arguments(prompts, keys, conditions, self.steps if steps is None else steps)
         natives = [getattr(owner, name) for owner, name in self._seats]
         processors = self._processors() if self._swaps_processors else {}
@@ -784,7 +793,9 @@ class _Prober(_Driver):
 class _Backpropagator(_Driver):
     """Steps with the graph kept; the denoiser is differentiated at the chosen steps only."""
 
-    def __init__(self, sampler: Sampler, keys: tuple[SampleKey, ...], grad_steps: frozenset[int]) -> None:
+    def __init__(
+        self, sampler: Sampler, keys: tuple[SampleKey, ...], grad_steps: frozenset[int], stop: int | None
+    ) -> None:
         self._sampler = sampler
         self._keys = keys
         self._grad_steps = grad_steps
@@ -795,11 +806,19 @@ class _Backpropagator(_Driver):
     def step(self, prediction: Prediction) -> Tensor:
         return _take_step(self._sampler, prediction, self._keys)[0]
 
+        self._stop = stop
+        self._predicted: Tensor | None = None
 
 # -- helpers ---------------------------------------------------------------------------------------------
+        if self._stop is not None and index > self._stop:
+            return "skip"
 
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:
+        if prediction.index == self._stop:
+            self._predicted = prediction.x0.to(prediction.sample.dtype)
+        if self._predicted is not None:
+            return self._predicted
     components = getattr(pipe, "components", None)
     if not isinstance(components, Mapping):
         components = vars(pipe)
