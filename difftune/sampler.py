@@ -799,26 +799,26 @@ class _Backpropagator(_Driver):
         self._sampler = sampler
         self._keys = keys
         self._grad_steps = grad_steps
-
-    def action(self, index: int) -> Action:
-        return "grad" if index in self._grad_steps else "run"
-
-    def step(self, prediction: Prediction) -> Tensor:
-        return _take_step(self._sampler, prediction, self._keys)[0]
-
         self._stop = stop
         self._predicted: Tensor | None = None
 
-# -- helpers ---------------------------------------------------------------------------------------------
+    def action(self, index: int) -> Action:
         if self._stop is not None and index > self._stop:
             return "skip"
+        return "grad" if index in self._grad_steps else "run"
 
-
-def _modules(pipe: Any) -> dict[str, nn.Module]:
+    def step(self, prediction: Prediction) -> Tensor:
         if prediction.index == self._stop:
             self._predicted = prediction.x0.to(prediction.sample.dtype)
         if self._predicted is not None:
             return self._predicted
+        return _take_step(self._sampler, prediction, self._keys)[0]
+
+
+# -- helpers ---------------------------------------------------------------------------------------------
+
+
+def _modules(pipe: Any) -> dict[str, nn.Module]:
     components = getattr(pipe, "components", None)
     if not isinstance(components, Mapping):
         components = vars(pipe)
