@@ -15,8 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from difftune import report
-from difftune.report import sample_grid, write_report
+from difftune.report import charts, files, grids, sample_grid, write_report
 
 HOSTILE = '<script>alert("x")</script>&\'\x1b[31m'
 
@@ -215,7 +214,7 @@ def test_large_grids_are_shrunk(tmp_path: Path) -> None:
 def test_a_long_run_is_drawn_with_few_points(tmp_path: Path) -> None:
     page = page_of(run(tmp_path, [record(e) for e in range(1, 5001)]))
     lines = [a["points"] or "" for t, a in page.tags if t == "polyline"]
-    assert 120 <= max(len(line.split()) for line in lines) <= report._MAX_POINTS
+    assert 120 <= max(len(line.split()) for line in lines) <= charts._MAX_POINTS
     tips = [a["data-tip"] or "" for t, a in page.tags if "data-tip" in a]
     assert tips[0].startswith("epoch 1–21: ")
     assert (tmp_path / "run <b>&amp;" / "report.html").stat().st_size < 2_000_000
@@ -223,8 +222,8 @@ def test_a_long_run_is_drawn_with_few_points(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", [[1.0], [2.0, 2.0], [0.0, 0.0], [1e-9, 2e-9], [1e12, -1e12], [1.0, 1.0 + 1e-15]])
 def test_marks_stay_inside_the_chart(values: list[float]) -> None:
-    points = report._points([(e, v) for e, v in enumerate(values, start=1)], {1: 0.5})
-    drawn = report._chart(points, "x", tall=True)
+    points = charts.points_of([(e, v) for e, v in enumerate(values, start=1)], {1: 0.5})
+    drawn = charts.line_chart(points, "x", tall=True)
     numbers = [float(n) for group in re.findall(r'points="([^"]*)"', drawn) for n in re.split("[ ,]", group)]
     assert numbers and all(-0.01 <= n <= 100.01 for n in numbers)
     assert "nan" not in drawn and "inf" not in drawn
@@ -232,7 +231,7 @@ def test_marks_stay_inside_the_chart(values: list[float]) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(-2.6, -1.2), (0, 1), (0.9998, 1.0003), (1e-7, 9e-7), (-3e5, 12e5), (3, 3)])
 def test_ticks_are_round_and_within(low: float, high: float) -> None:
-    ticks = report._ticks(low, high, 5)
+    ticks = charts._ticks(low, high, 5)
     assert 1 <= len(ticks) <= 9 and all(low - 1e-9 <= t <= high + 1e-9 for t in ticks)
     if high > low:
         step = ticks[1] - ticks[0]
@@ -248,7 +247,7 @@ def test_the_report_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_report(folder)
     assert (folder / "report.html").read_bytes() == before
@@ -293,9 +292,9 @@ def test_captions_fit_below_their_picture(tmp_path: Path) -> None:
     for x in range(198, 204):
         assert {titled.getpixel((x, y)) for y in range(titled.height)} == {(255, 255, 255)}
     font = ImageFont.load_default(13)
-    assert report._caption_lines("", font, 192) == ["(empty prompt)"]
-    assert report._caption_lines("a\nb\x1b[31m\x00", font, 192) == ["a b [31m"]
-    long = report._caption_lines("two yellow stars on a dotted purple background and then some more", font, 192)
+    assert grids._caption_lines("", font, 192) == ["(empty prompt)"]
+    assert grids._caption_lines("a\nb\x1b[31m\x00", font, 192) == ["a b [31m"]
+    long = grids._caption_lines("two yellow stars on a dotted purple background and then some more", font, 192)
     assert len(long) == 2 and long[1].endswith("…") and max(map(font.getlength, long)) <= 192
 
 
