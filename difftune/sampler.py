@@ -1,8 +1,9 @@
 """The sampler: records rollouts of an unmodified pipeline, and replays, probes and backpropagates through them.
 
 Every mode is one call of the pipeline's own ``__call__`` with a :mod:`puppet <difftune.puppet>` scheduler, whose
-driver decides what each step returns, and a :class:`~difftune.denoiser.Tap` on the denoiser, which decides whether it
-runs, runs with gradients or is skipped. Guidance, rescaling, packing and decoding stay the pipeline's code.
+:mod:`driver <difftune.drivers>` decides what each step returns, and a :class:`~difftune.denoiser.Tap` on the denoiser,
+which decides whether it runs, runs with gradients or is skipped. Guidance, rescaling, packing and decoding stay the
+pipeline's code.
 
 Noise belongs to the samples, not to the batch: it is keyed by (seed, epoch, prompt, sample) and the step, so that a
 sample does not depend on the batch size, the number of processes or the order of prompts.
@@ -16,81 +17,34 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from pydantic import ValidationError
+from torch import Tensor
 
-from difftune.denoiser import Action, InferenceModeError, Tap
+from difftune.denoiser import InferenceModeError, Tap
+from difftune.drivers import (
+    Backpropagator,
+    BlendTracer,
+    Decoder,
+    LoopLeft,
+    PointView,
+    Prober,
+    PullBack,
+    Recorder,
+    Replayer,
+    StepView,
+)
 from difftune.noise import KeyedDraws, KeyedGenerator, keyed_generator, keyed_noise
-from difftune.policy import Policy
+from difftune.policy import Policy, pipeline_modules
 from difftune.prompt_cache import PromptCache
-from difftune.puppet import Prediction, make_puppet, override_timesteps
+from difftune.puppet import Prediction, make_puppet
 from difftune.quirks import quirk_of
 from difftune.transition import Gaussian, Level
 from difftune.types import NonFiniteError, ParityError, SampleKey, Trajectory, UserError
-
-
-class _LoopLeft(Exception):
-    """Raised by a driver to leave the pipeline's loop: nothing after this step is needed."""
-
-
-@dataclass(frozen=True)
-class StepView:
-    """One replayed step, as handed to ``on_step``.
-
-    Attributes:
-        index: the step's number in the trajectory.
-        timestep: the pipeline's own timestep.
-        gaussian: the transition under the current weights, with its graph.
-        log_prob: ``(B,)`` mean log-prob per dimension of the *stored* x', with its graph.
-        old_log_prob: ``(B,)`` the same as recorded at the rollout.
-        x0: ``(B, *latent)`` predicted clean sample, with its graph.
-        dims: the number of dimensions d (sum log-prob = d * mean log-prob).
-    """
-
-    index: int
-    timestep: float
-    gaussian: Gaussian
-    log_prob: Tensor
-    old_log_prob: Tensor
-    x0: Tensor
-    dims: int
-
-    @property
-    def mean(self) -> Tensor:
-        """``(B, *latent)`` mean of the step's Gaussian, with its graph."""
-        return self.gaussian.mean
-
-    @property
-    def std(self) -> float:
-        """Standard deviation of the step's Gaussian."""
-        return self.gaussian.std
-
-
-@dataclass(frozen=True)
-class PointView:
-    """The guided prediction at one point (x_t, t) of the forward process, as handed to ``on_point``.
-
-    Attributes:
-        index: the point's number in the list given to :meth:`Sampler.probe`.
-        timestep: the point's timestep.
-        level: its noise level.
-        x_t: ``(B, *latent)`` the noisy sample.
-        output: ``(B, *latent)`` the pipeline's guided model output, fp32, with its graph.
-        x0: ``(B, *latent)`` the clean sample it predicts.
-        noise: ``(B, *latent)`` the noise it predicts.
-    """
-
-    index: int
-    timestep: float
-    level: Level
-    x_t: Tensor
-    output: Tensor
-    x0: Tensor
-    noise: Tensor
+from difftune.window import Window
 
 
 def sample_keys(prompts: Sequence[str], seed: int, epoch: int) -> tuple[SampleKey, ...]:
@@ -113,7 +67,8 @@ class Sampler:
         eta: noise level of the dynamics: DDIM's eta (1 is DDPM), Flow-GRPO's a (0.7), Dance's eta (0.3), CPS's (0.9).
         dynamics: ``auto``, ``ddim``, ``flow_sde``, ``dance_sde``, ``cps``, ``lcm`` or ``ode``.
         window: indices of the steps that carry noise; all by default, except that a flow SDE's last step, which would
-            leave its noise in the picture, is an ODE step. The others are ODE steps.
+            leave its noise in the picture, is an ODE step. The others are ODE steps. A
+            :class:`~difftune.window.Window` (or its settings) is drawn or moves from epoch to epoch.
         batch_size: samples per pipeline call.
         height, width: picture size in pixels; the pipeline's default if ``None``.
         negative_prompt: one negative prompt for all samples.
@@ -134,7 +89,7 @@ class Sampler:
         guidance_scale: float | None = None,
         eta: float = 1.0,
         dynamics: str = "auto",
-        window: Sequence[int] | None = None,
+        window: Sequence[int] | Window | Mapping[str, Any] | None = None,
         *,
         batch_size: int = 16,
         height: int | None = None,
@@ -151,7 +106,7 @@ class Sampler:
         self.steps = steps
         self.guidance_scale = guidance_scale
         self.eta = eta
-        self.window = None if window is None else tuple(window)
+        self.window = _window_of(window, steps)
         quirk = quirk_of(type(policy.pipe).__name__)
         if quirk.refuse:
             raise UserError(f"model: {type(policy.pipe).__name__} cannot be trained: {quirk.refuse}")
@@ -162,7 +117,7 @@ class Sampler:
         self._seats = find_scheduler(policy.pipe)
         self._puppet = make_puppet(getattr(*self._seats[0]), dynamics, eta)
         self.dynamics: str = self._puppet._difftune.dynamics
-        extra = {n: m for n, m in _modules(policy.pipe).items() if n.startswith("controlnet")}
+        extra = {n: m for n, m in pipeline_modules(policy.pipe).items() if n.startswith("controlnet")}
         self._tap = Tap({**policy.denoisers, **extra})
         self._cache = PromptCache(policy.pipe)
         self._form: int | None = None
@@ -186,9 +141,6 @@ class Sampler:
                     f"sampler: {type(policy.pipe).__name__} takes no {name!r}; its arguments are "
                     f"{', '.join(sorted(self._parameters))}"
                 )
-        bad = [k for k in self.window or () if not 0 <= k < steps]
-        if bad:
-            raise UserError(f"sampler.window: got step {bad[0]}, expected indices from 0 to {steps - 1}")
 
     def _takes_anything(self) -> bool:
         # Where diffusers' own pipelines have **kwargs, it is for names they dropped: anything else is ignored silently.
@@ -240,7 +192,7 @@ class Sampler:
         self, prompts: tuple[str, ...], keys: tuple[SampleKey, ...], conditions: Mapping[str, Any], decode: bool
     ) -> Trajectory:
         # How many steps a call has is known once one has run through: loops can come in sections.
-        driver = _Recorder(self, keys, None if decode else self._length)
+        driver = Recorder(self._take_step(keys), None if decode else self._length)
         try:
             out = self._drive(driver, prompts, keys, conditions)
         except ValueError as error:
@@ -249,22 +201,38 @@ class Sampler:
             self._output_type = "np"
             return self._record(prompts, keys, conditions, decode)
         self._length = driver.length
-        trajectory = driver.trajectory(prompts, keys, conditions, self.store)
+        kept = None
+        if driver.length and not driver.followed:
+            tracer = BlendTracer(driver.outs)
+            self._drive(tracer, prompts, keys, conditions)
+            kept = tracer.kept
+        trajectory = driver.trajectory(prompts, keys, conditions, kept)
         _require_finite(trajectory.states, "latent", prompts)
-        if not decode:
-            return trajectory
-        images = to_images(out, len(prompts))
-        _require_finite(images, "image", prompts)
-        return _with_images(trajectory, images)
+        if decode:
+            images = to_images(out, len(prompts))
+            _require_finite(images, "image", prompts)
+            trajectory = dataclasses.replace(trajectory, images=images)
+        return trajectory.on_host() if self.store == "host" else trajectory
 
-    def is_stochastic(self, index: int, prediction: Prediction) -> bool:
-        """Whether step ``index`` carries noise: inside the window, and its Gaussian has a std above 0."""
-        if self.window is not None:
-            if index not in self.window:
-                return False
-        elif prediction.family == "flow" and prediction.lands_on_data():
-            return False
-        return prediction.transition().std > 0
+    def noisy_steps(self, seed: int, epoch: int) -> tuple[int, ...] | None:
+        """Return the steps inside the window in an epoch; ``None`` where there is no window."""
+        if isinstance(self.window, Window):
+            return self.window.steps_at(self.steps, seed, epoch)
+        return self.window
+
+    def _take_step(self, keys: tuple[SampleKey, ...]) -> Callable[[Prediction], tuple[Tensor, Gaussian]]:
+        """Return what draws a step: x' in the sample's dtype, and the Gaussian it was drawn from."""
+        window = self.noisy_steps(keys[0].seed, keys[0].epoch)
+
+        def take(prediction: Prediction) -> tuple[Tensor, Gaussian]:
+            noisy = _carries_noise(prediction, window)
+            gaussian = prediction.transition(noisy)
+            if not noisy:
+                return gaussian.mean.to(prediction.sample.dtype), gaussian
+            noise = keyed_noise(keys, f"step{prediction.index}", gaussian.mean)
+            return gaussian.sample(noise).to(prediction.sample.dtype), gaussian
+
+        return take
 
     # -- replay ------------------------------------------------------------------------------------------
 
@@ -297,7 +265,7 @@ class Sampler:
             )
         if not wanted:
             raise ValueError("no step to replay: the trajectory has no stochastic step (dynamics=ode or eta=0)")
-        driver = _Replayer(trajectory, on_step, wanted, grad)
+        driver = Replayer(trajectory, on_step, wanted, grad)
         self._drive(driver, trajectory.prompts, trajectory.keys, trajectory.conditions)
 
     def transitions(self, trajectory: Trajectory, steps: Sequence[int] | None = None) -> dict[int, Gaussian]:
@@ -340,7 +308,7 @@ class Sampler:
         size = max(self.steps - 1, 1) if keeps_steps else len(points)
         for start in range(0, len(points), size):
             part = points[start : start + size]
-            driver = _Prober(part, on_point, grad, start)
+            driver = Prober(part, on_point, grad, start)
             steps = self.steps if keeps_steps else self._probing_steps(len(part), conditions)
             self._drive(driver, prompts, keys, conditions, steps=steps)
             if driver.visited < len(part):
@@ -395,8 +363,72 @@ class Sampler:
         prompts = tuple(prompts)
         keys = sample_keys(prompts, seed, epoch) if keys is None else tuple(keys)
         wanted = range(self.steps) if grad_steps is None else grad_steps
-        driver = _Backpropagator(self, keys, frozenset(wanted), stop)
-        out = self._drive(driver, prompts, keys, conditions or {}, checkpointing=checkpointing)
+        driver = Backpropagator(self._take_step(keys), frozenset(wanted), stop)
+        return self._pictures(driver, prompts, keys, conditions or {}, checkpointing=checkpointing)
+
+    def decode(
+        self,
+        latents: Tensor,
+        prompts: Sequence[str],
+        keys: Sequence[SampleKey],
+        conditions: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Tensor:
+        """Return the pictures of any latents, by what the pipeline does after its loop.
+
+        Costs no denoiser call; the sampler must have drawn something before.
+
+        Args:
+            latents: ``(B, *latent)``, in the form the scheduler steps.
+            prompts, keys, conditions: those of the samples, as in :meth:`rollout`.
+
+        Returns:
+            ``(B, 3, H, W)`` or ``(B, F, 3, H, W)`` images in [0, 1], with the graph back to ``latents``.
+        """
+        return self._pictures(Decoder(latents), tuple(prompts), tuple(keys), conditions or {})
+
+    def pull_back(self, trajectory: Trajectory, index: int, vector: Tensor) -> Tensor:
+        """Return ``vector`` times the Jacobian of step ``index``'s mean by the sample that the step before returned.
+
+        Costs one denoiser call with its backward pass.
+
+        Args:
+            trajectory: the recorded samples.
+            index: at least 1: what step 0 receives is the pipeline's own.
+            vector: ``(B, *latent)``.
+
+        Returns:
+            ``(B, *latent)``, 0 in dimensions that the pipeline overwrites between the two steps.
+        """
+        if not 1 <= index < trajectory.num_steps:
+            raise ValueError(f"pull_back: got step {index}, expected 1 to {trajectory.num_steps - 1}")
+        driver = PullBack(trajectory, index, vector)
+        self._drive(driver, trajectory.prompts, trajectory.keys, trajectory.conditions)
+        assert driver.result is not None, "the loop ended before the step"
+        return driver.result
+
+    def _pictures(
+        self,
+        driver: Any,
+        prompts: tuple[str, ...],
+        keys: tuple[SampleKey, ...],
+        conditions: Mapping[str, Any],
+        *,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """Run a call whose output is to carry a graph.
+
+        Raises:
+            UserError: the pipeline decodes by numpy.
+        """
+        try:
+            out = self._drive(driver, prompts, keys, conditions, checkpointing=checkpointing)
+        except RuntimeError as error:
+            if "numpy() on Tensor that requires grad" not in str(error):
+                raise
+            raise UserError(
+                f"{type(self.policy.pipe).__name__} decodes by numpy, which carries no gradient; use an algorithm of "
+                "transitions or samples (ddpo, grpo, nft), or a pipeline that decodes with tensors"
+            ) from None
         return to_images(out, len(prompts))
 
     # -- the one call ------------------------------------------------------------------------------------
@@ -457,7 +489,7 @@ class Sampler:
                 for owner, name in self._seats:
                     vars(owner)[name] = self._puppet
                 return self._call(driver, keys, arguments, conditions)
-        except _LoopLeft:
+        except LoopLeft:
             # What the pipeline would have done after its loop.
             for module, processor in processors.items():
                 module.processor = processor
@@ -492,7 +524,7 @@ class Sampler:
             calls = self._tap.calls
             try:
                 out = self._unwrapped_if_strict(driver, len(keys), self._in_form(form, keys, arguments, conditions))
-            except _LoopLeft:
+            except LoopLeft:
                 self._form = form
                 raise
             except (TypeError, ValueError, AttributeError, AssertionError) as error:
@@ -541,18 +573,25 @@ class Sampler:
     def check_parity(self, trajectory: Trajectory, tolerance: float | None = None) -> dict[str, float]:
         """Replay a fresh rollout under unchanged weights and verify what every ratio relies on.
 
-        Verified: |ratio - 1| is within ``tolerance`` at every stochastic step, every adapted layer gets a gradient, and
-        nothing else does. Gradients are cleared afterwards.
+        Verified: |ratio - 1| is within ``tolerance`` at every stochastic step; a gradient of the log-probs reaches at
+        least one trained parameter; and no other parameter of the pipeline holds a gradient. That some layers get none
+        is no error (a pipeline may not use all of them): they are counted. The trained parameters' gradients are
+        cleared before and afterwards.
+
+        Nothing is said of other batch sizes: kernels round differently there, and the trainer measures it apart.
 
         Args:
             trajectory: a rollout of one pipeline call (at most ``batch_size`` samples), made with the current weights.
-            tolerance: bound on |ratio - 1| (mean log-prob); by default 0 in fp32 on the CPU and 1e-4 elsewhere.
+            tolerance: bound on |ratio - 1|, with ratios of the mean log-prob; by default 0 on the CPU without autocast,
+                whatever the dtype, and 1e-4 elsewhere.
 
         Returns:
-            ``max_ratio_error``, ``steps`` verified, ``grad_norm``, ``parameters`` reached.
+            ``max_ratio_error``; ``steps`` verified; ``grad_norm`` over all trained parameters; ``layers_reached``,
+            those with a gradient that is not zero, of ``layers``.
 
         Raises:
-            ParityError: naming the first step that differs, or the parameters without gradients.
+            ParityError: the first step that differs, no gradient anywhere, or the first parameter that is not trained
+                and has a gradient.
         """
         params = self.policy.named_parameters()
         exact = self.policy.device.type == "cpu" and self.autocast is None
@@ -570,7 +609,7 @@ class Sampler:
         norms = {name: 0.0 if p.grad is None else float(p.grad.norm()) for name, p in params.items()}
         strays = [
             f"{component}.{name}"
-            for component, module in _modules(self.policy.pipe).items()
+            for component, module in pipeline_modules(self.policy.pipe).items()
             for name, p in module.named_parameters()
             if p.grad is not None and f"{component}.{name}" not in params
         ]
@@ -601,228 +640,7 @@ class Sampler:
         }
 
 
-# -- drivers ---------------------------------------------------------------------------------------------
-
-
-class _Driver:
-    """Common ground of the drivers: native timesteps, denoiser run without gradients."""
-
-    def timesteps(self, scheduler: Any) -> None:
-        """Keep the pipeline's own timesteps."""
-
-    def action(self, index: int) -> Action:
-        """Run the denoiser without gradients."""
-        return "run"
-
-
-class _Recorder(_Driver):
-    """Draws each step's noise and stores what the step received and returned."""
-
-    def __init__(self, sampler: Sampler, keys: tuple[SampleKey, ...], leave_after: int | None) -> None:
-        self._sampler = sampler
-        self._keys = keys
-        self._leave_after = leave_after
-        self._samples: list[Tensor] = []
-        self._outs: list[Tensor] = []
-        self._log_probs: list[Tensor] = []
-        self._stochastic: list[bool] = []
-        self._times: list[float] = []
-
-    def step(self, prediction: Prediction) -> Tensor:
-        following, gaussian = _take_step(self._sampler, prediction, self._keys)
-        sample = prediction.sample
-        noisy = gaussian.std > 0
-        self._samples.append(sample)
-        self._outs.append(following)
-        # The log-prob of the *rounded* sample: that is the one the replay will see.
-        log_prob = gaussian.log_prob(following) if noisy else sample.new_zeros(len(sample), dtype=torch.float32)
-        self._log_probs.append(log_prob)
-        self._stochastic.append(noisy)
-        self._times.append(prediction.timestep)
-        if len(self._outs) == self._leave_after:
-            raise _LoopLeft
-        return following
-
-    @property
-    def length(self) -> int:
-        """The number of steps recorded so far."""
-        return len(self._outs)
-
-    def trajectory(
-        self, prompts: tuple[str, ...], keys: tuple[SampleKey, ...], conditions: Mapping[str, Any], store: str
-    ) -> Trajectory:
-        if not self._outs:
-            raise UserError("the pipeline never called scheduler.step: it has no denoising loop to record")
-        shapes = {tuple(sample.shape) for sample in (*self._samples, *self._outs)}
-        if len(shapes) > 1:
-            raise UserError(
-                f"the pipeline's latents change their shape between steps ({sorted(shapes)}); difftune trains loops of "
-                "one shape"
-            )
-        followed = all(torch.equal(a, b) for a, b in zip(self._samples[1:], self._outs[:-1], strict=True))
-
-        def keep(values: list[Tensor]) -> Tensor:
-            stacked = torch.stack(values, dim=1)
-            if store == "host" and stacked.device.type != "cpu":
-                return stacked.to("cpu", non_blocking=False).pin_memory()
-            return stacked
-
-        return Trajectory(
-            states=keep([*self._samples, self._outs[-1]]),
-            times=torch.tensor(self._times),
-            log_probs=torch.stack(self._log_probs, dim=1),
-            stochastic=torch.tensor(self._stochastic),
-            prompts=prompts,
-            keys=keys,
-            steps_out=None if followed else keep(self._outs),
-            conditions=dict(conditions),
-        )
-
-
-def _take_step(sampler: Sampler, prediction: Prediction, keys: tuple[SampleKey, ...]) -> tuple[Tensor, Gaussian]:
-    """Return x' in the sample's dtype, and the Gaussian it was drawn from."""
-    noisy = sampler.is_stochastic(prediction.index, prediction)
-    gaussian = prediction.transition(noisy)
-    if not noisy:
-        return gaussian.mean.to(prediction.sample.dtype), gaussian
-    noise = keyed_noise(keys, f"step{prediction.index}", gaussian.mean)
-    return gaussian.sample(noise).to(prediction.sample.dtype), gaussian
-
-
-class _Replayer(_Driver):
-    """Returns the stored samples; at the wanted steps hands the transition to the callback."""
-
-    def __init__(
-        self, trajectory: Trajectory, on_step: Callable[[StepView], Any], wanted: Sequence[int], grad: bool
-    ) -> None:
-        self._trajectory = trajectory
-        self._on_step = on_step
-        self._wanted = frozenset(wanted)
-        self._last = max(wanted)
-        self._grad = grad
-
-    def action(self, index: int) -> Action:
-        if index not in self._wanted:
-            return "skip"
-        return "grad" if self._grad else "run"
-
-    def step(self, prediction: Prediction) -> Tensor:
-        index = prediction.index
-        trajectory = self._trajectory
-        following = trajectory.step_out(index).to(prediction.sample.device)
-        if index in self._wanted:
-            stored = trajectory.states[:, index].to(prediction.sample.device)
-            if not _same_sample(prediction.sample, stored):
-                raise ParityError(
-                    f"parity: at step {index} the pipeline holds another sample than the one recorded; it draws "
-                    "noise of its own, or the trajectory was stored in another dtype"
-                )
-            gaussian = prediction.transition()
-            self._on_step(
-                StepView(
-                    index=index,
-                    timestep=prediction.timestep,
-                    gaussian=gaussian,
-                    log_prob=gaussian.log_prob(following),
-                    old_log_prob=trajectory.log_probs[:, index].to(following.device),
-                    x0=prediction.x0,
-                    dims=trajectory.dims,
-                )
-            )
-            torch.set_grad_enabled(False)
-        if index >= self._last:
-            raise _LoopLeft
-        return following
-
-
-class _Prober(_Driver):
-    """Dictates (t, x_t): a first step that is not evaluated leads to the first point, each point to the next."""
-
-    def __init__(
-        self, points: Sequence[tuple[float, Tensor]], on_point: Callable[[PointView], Any], grad: bool, offset: int
-    ) -> None:
-        self._points = points
-        self._offset = offset
-        self._on_point = on_point
-        self._grad = grad
-        self._padding = 1
-        self._next: int | None = None
-        self.visited = 0
-
-    def timesteps(self, scheduler: Any) -> None:
-        times = [t for t, _ in self._points]
-        # Points come last: image-to-image pipelines begin in the middle of the list. At least one step precedes them.
-        have = len(scheduler.timesteps) - scheduler._difftune.grid.terminal
-        self._padding = max(have - len(times), 1)
-        # All different from one another and from the points, so that where a loop begins can be told by its timestep.
-        native = [t for t in scheduler.timesteps[:have].tolist() if t not in times] or times
-        override_timesteps(scheduler, native[: self._padding] + times)
-
-    def action(self, index: int) -> Action:
-        if self._next is None or self._next < 0:
-            return "skip"
-        return "grad" if self._grad else "run"
-
-    def step(self, prediction: Prediction) -> Tensor:
-        point = prediction.position - self._padding
-        if self._next is not None and point >= 0:
-            self.visited += 1
-            self._on_point(
-                PointView(
-                    index=self._offset + point,
-                    timestep=prediction.timestep,
-                    level=prediction.now,
-                    x_t=prediction.sample,
-                    output=prediction.output,
-                    x0=prediction.x0,
-                    noise=prediction.noise,
-                )
-            )
-            torch.set_grad_enabled(False)
-        if point + 1 == len(self._points):
-            raise _LoopLeft
-        self._next = point + 1
-        x_t = self._points[max(self._next, 0)][1]
-        if x_t.shape != prediction.sample.shape:
-            raise ValueError(
-                f"point {max(self._next, 0)} has shape {tuple(x_t.shape)}, expected {tuple(prediction.sample.shape)}"
-            )
-        return x_t.to(prediction.sample)
-
-
-class _Backpropagator(_Driver):
-    """Steps with the graph kept; the denoiser is differentiated at the chosen steps only."""
-
-    def __init__(
-        self, sampler: Sampler, keys: tuple[SampleKey, ...], grad_steps: frozenset[int], stop: int | None
-    ) -> None:
-        self._sampler = sampler
-        self._keys = keys
-        self._grad_steps = grad_steps
-        self._stop = stop
-        self._predicted: Tensor | None = None
-
-    def action(self, index: int) -> Action:
-        if self._stop is not None and index > self._stop:
-            return "skip"
-        return "grad" if index in self._grad_steps else "run"
-
-    def step(self, prediction: Prediction) -> Tensor:
-        if prediction.index == self._stop:
-            self._predicted = prediction.x0.to(prediction.sample.dtype)
-        if self._predicted is not None:
-            return self._predicted
-        return _take_step(self._sampler, prediction, self._keys)[0]
-
-
 # -- helpers ---------------------------------------------------------------------------------------------
-
-
-def _modules(pipe: Any) -> dict[str, nn.Module]:
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, Mapping):
-        components = vars(pipe)
-    return {name: value for name, value in components.items() if isinstance(value, nn.Module)}
 
 
 def find_scheduler(pipe: Any) -> list[tuple[Any, str]]:
@@ -855,24 +673,40 @@ def _swaps_processors(pipe: Any) -> bool:
         return True
 
 
-def _same_sample(sample: Tensor, stored: Tensor) -> bool:
-    """Whether the pipeline holds the recorded sample, up to what another batch size changes in its last digits."""
-    if sample.dtype != stored.dtype or sample.shape != stored.shape:
-        return False
-    if torch.equal(sample, stored):
-        return True
-    bound = 1e-4 if sample.dtype in (torch.float32, torch.float64) else 2e-2
-    return bool((sample - stored).abs().max() <= bound * (1 + stored.abs().max()))
-
-
 def _call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     parameters = dict(inspect.signature(type(pipe).__call__).parameters)
     parameters.pop("self", None)
     return parameters
 
 
-def _with_images(trajectory: Trajectory, images: Tensor) -> Trajectory:
-    return dataclasses.replace(trajectory, images=images)
+def _window_of(window: Any, steps: int) -> tuple[int, ...] | Window | None:
+    """Return the window that a sampler of ``steps`` steps was given, checked."""
+    if window is None:
+        return None
+    if isinstance(window, Mapping):
+        try:
+            window = Window.model_validate(window)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(("sampler.window", *map(str, first["loc"])))
+            raise UserError(f"{where}: {first['msg'].lower()}, got {first['input']!r}") from None
+    if isinstance(window, Window):
+        window.check(steps)
+        return window
+    bad = [k for k in window if not 0 <= k < steps]
+    if bad:
+        raise UserError(f"sampler.window: got step {bad[0]}, expected indices from 0 to {steps - 1}")
+    return tuple(window)
+
+
+def _carries_noise(prediction: Prediction, window: Sequence[int] | None) -> bool:
+    """Whether a step carries noise: it is inside the window, and its Gaussian has a std above 0."""
+    if window is not None:
+        if prediction.index not in window:
+            return False
+    elif prediction.family == "flow" and prediction.lands_on_data():
+        return False
+    return prediction.transition().std > 0
 
 
 def _require_finite(values: Tensor, what: str, prompts: Sequence[str]) -> None:

@@ -58,16 +58,19 @@ class Gaussian:
     Attributes:
         mean: ``(B, *latent)``.
         std: one standard deviation for all dimensions; 0 for an ODE step.
+        mask: broadcastable to ``mean``, False where the pipeline overwrites what was drawn (inpainting): those
+            dimensions add nothing to log-probs and KLs. Means go on dividing by all d dimensions, so that the sum is d
+            times the mean whatever a sample's mask is.
     """
 
     mean: Tensor
     std: float
+    mask: Tensor | None = None
 
-    def log_prob(self, x: Tensor, reduce: Reduce = "mean", mask: Tensor | None = None) -> Tensor:
+    def log_prob(self, x: Tensor, reduce: Reduce = "mean") -> Tensor:
         """Return ``(B,)`` log-densities of ``x`` ``(B, *latent)``, averaged or summed over the latent's dimensions.
 
-        ``mask`` (broadcastable to x, 1 inside) leaves dimensions out that the pipeline overwrites. The mean over
-        dimensions is the unit of the published clip ranges (1e-4); the sum is the density itself.
+        The mean over dimensions is the unit of the published clip ranges (1e-4); the sum is the density itself.
 
         Raises:
             ValueError: the step carries no noise.
@@ -77,11 +80,7 @@ class Gaussian:
         per_dim = -((working(x) - self.mean) ** 2) / (2 * self.std**2) - (
             math.log(self.std) + 0.5 * math.log(2 * math.pi)
         )
-        if mask is None:
-            return _reduce(per_dim, reduce)
-        weight = mask.to(per_dim).expand_as(per_dim)
-        total = _reduce(per_dim * weight, "sum")
-        return total if reduce == "sum" else total / _reduce(weight, "sum").clamp(min=1)
+        return _reduce(self._masked(per_dim), reduce)
 
     def kl(self, other: Gaussian, reduce: Reduce = "mean") -> Tensor:
         """Return ``(B,)`` KL(self || other), averaged or summed over the latent's dimensions."""
@@ -89,7 +88,10 @@ class Gaussian:
             raise ValueError("the KL of an ODE step (std = 0) is not defined: leave the step out")
         spread = (self.std / other.std) ** 2
         per_dim = (self.mean - other.mean) ** 2 / (2 * other.std**2) + 0.5 * (spread - 1 - math.log(spread))
-        return _reduce(per_dim, reduce)
+        return _reduce(self._masked(per_dim), reduce)
+
+    def _masked(self, per_dim: Tensor) -> Tensor:
+        return per_dim if self.mask is None else per_dim * self.mask
 
     def sample(self, noise: Tensor) -> Tensor:
         """Return ``mean + std * noise``."""

@@ -60,6 +60,8 @@ class Trajectory:
         images: ``(B, 3, H, W)`` or ``(B, F, 3, H, W)`` in [0, 1], fp32; ``None`` if decoding was switched off.
         steps_out: ``(B, T, *latent)`` what step k returned, where the pipeline changes the sample between two steps
             (inpainting blends the known region in); ``None`` when it is ``states[:, 1:]``.
+        kept: ``(B, T, *latent)`` bool, the dimensions of x' that the pipeline goes on with; the others, which it
+            overwrites, are left out of log-probs. ``None`` when it keeps all.
         conditions: further arguments of the pipeline's call, per sample lists or tensors of length ``B``.
     """
 
@@ -71,6 +73,7 @@ class Trajectory:
     keys: tuple[SampleKey, ...]
     images: Tensor | None = None
     steps_out: Tensor | None = None
+    kept: Tensor | None = None
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -112,6 +115,16 @@ class Trajectory:
         """Return ``(B, *latent)``, what step ``index`` returned (x')."""
         return self.states[:, index + 1] if self.steps_out is None else self.steps_out[:, index]
 
+    def on_host(self) -> Trajectory:
+        """Return the trajectory with its large tensors (states, masks, images) in the host's memory, pinned."""
+
+        def moved(value: Tensor | None) -> Tensor | None:
+            return value if value is None or value.device.type == "cpu" else value.to("cpu").pin_memory()
+
+        return dataclasses.replace(
+            self, **{name: moved(getattr(self, name)) for name in ("states", "steps_out", "kept", "images")}
+        )
+
     def select(self, indices: Sequence[int] | Tensor) -> Trajectory:
         """Return the trajectory of the samples ``indices``, in that order."""
         idx = torch.as_tensor(indices, dtype=torch.long)
@@ -130,6 +143,7 @@ class Trajectory:
             keys=take(self.keys),
             images=take(self.images),
             steps_out=take(self.steps_out),
+            kept=take(self.kept),
             conditions={name: take(value) for name, value in self.conditions.items()},
         )
 
@@ -153,6 +167,10 @@ class Trajectory:
         out: Tensor | None = None
         if any(p.steps_out is not None for p in parts):
             out = torch.cat([p.states[:, 1:] if p.steps_out is None else p.steps_out for p in parts])
+        kept: Tensor | None = None
+        if any(p.kept is not None for p in parts):
+            kept = torch.cat([torch.ones_like(p.states[:, 1:], dtype=torch.bool) if p.kept is None else p.kept
+                              for p in parts])  # fmt: skip
         conditions: dict[str, Any] = {}
         for name, value in first.conditions.items():
             values = [p.conditions[name] for p in parts]
@@ -166,6 +184,7 @@ class Trajectory:
             log_probs=join("log_probs"),
             images=join("images"),
             steps_out=out,
+            kept=kept,
             prompts=tuple(p for part in parts for p in part.prompts),
             keys=tuple(k for part in parts for k in part.keys),
             conditions=conditions,

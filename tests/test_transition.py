@@ -92,9 +92,12 @@ def test_log_prob_sum_mean_and_gradient() -> None:
 
 def test_log_prob_leaves_masked_dimensions_out() -> None:
     mean, x = torch.randn(2, 4, dtype=DOUBLE), torch.randn(2, 4, dtype=DOUBLE)
-    mask = torch.tensor([[1.0, 0, 1, 0]], dtype=DOUBLE)
-    got = Gaussian(mean, 0.5).log_prob(x, "mean", mask)
-    torch.testing.assert_close(got, Gaussian(mean[:, ::2], 0.5).log_prob(x[:, ::2], "mean"), atol=1e-12, rtol=0)
+    mask = torch.tensor([[True, False, True, False]])
+    masked, half = Gaussian(mean, 0.5, mask), Gaussian(mean[:, ::2], 0.5)
+    torch.testing.assert_close(masked.log_prob(x, "sum"), half.log_prob(x[:, ::2], "sum"), atol=1e-12, rtol=0)
+    torch.testing.assert_close(masked.kl(Gaussian(x, 0.9), "sum"), half.kl(Gaussian(x[:, ::2], 0.9), "sum"))
+    # The mean is the sum by all four dimensions, so that samples with other masks keep the same unit.
+    torch.testing.assert_close(4 * masked.log_prob(x), masked.log_prob(x, "sum"), atol=1e-12, rtol=0)
 
 
 def test_kl_matches_torch() -> None:
