@@ -12,6 +12,7 @@ import tiny
 import torch
 
 from difftune import config as cf
+from difftune.policy import ModelConfig
 from difftune.types import UserError
 
 MINIMAL: dict[str, Any] = {
@@ -322,7 +323,7 @@ def test_build_is_seeded_and_fills_in_what_was_left_open(model: Path) -> None:
 def test_a_flow_models_noise_level_goes_by_its_dynamics(
     dynamics: str, eta: float, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cf, "load_pipeline", lambda *args, **kwargs: tiny.sd3_pipeline())
+    monkeypatch.setattr("difftune.config.objects.load_pipeline", lambda *args, **kwargs: tiny.sd3_pipeline())
     assert cf.build(small(model, sampler={"steps": 3, "dynamics": dynamics})).sampler.eta == eta
 
 
@@ -337,8 +338,8 @@ def test_the_trainer_of_a_run_gets_its_parts(model: Path, tmp_path: Path) -> Non
 def test_a_safety_checker_does_not_blacken_what_is_scored(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny.sd_pipeline()
     pipe.safety_checker = torch.nn.Identity()
-    monkeypatch.setattr(cf, "load_pipeline", lambda *args, **kwargs: pipe)
-    assert cf.load_model(cf.ModelConfig(id="x/y")).safety_checker is None
+    monkeypatch.setattr("difftune.config.objects.load_pipeline", lambda *args, **kwargs: pipe)
+    assert cf.load_model(ModelConfig(id="x/y")).safety_checker is None
 
 
 def test_missing_reward_weights_are_the_users_line(tmp_path: Path) -> None:

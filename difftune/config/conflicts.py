@@ -1,0 +1,83 @@
+"""Settings that do not go together, told before a model is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from difftune.algorithm import Plan, build_algorithm
+from difftune.config.schema import RunConfig
+from difftune.config.sections import ETA
+from difftune.reward import REWARDS
+from difftune.types import UserError
+
+
+@dataclass(frozen=True)
+class _SamplerSketch:
+    """What an algorithm's check asks of a sampler, known before a model is loaded."""
+
+    dynamics: str
+    eta: float
+    window: tuple[int, ...] | None
+    steps: int
+
+
+@dataclass(frozen=True)
+class _RewardSketch:
+    """What an algorithm's check asks of a reward, known before its weights are loaded."""
+
+    name: str
+    differentiable: bool
+    groupwise: bool
+
+
+def conflicts_of(config: RunConfig) -> list[str]:
+    """Return why the settings do not go together, as far as it shows without the model."""
+    problems = []
+    sampler, train = config.sampler, config.train
+    bad = [step for step in sampler.window or () if not 0 <= step < sampler.steps]
+    if bad:
+        problems.append(f"sampler.window: got step {bad[0]}, expected steps from 0 to {sampler.steps - 1}")
+    if train.updates_per_epoch > train.samples_per_epoch:
+        problems.append(
+            f"train.updates_per_epoch: got {train.updates_per_epoch}, expected at most the {train.samples_per_epoch} "
+            "samples of an epoch (prompts_per_epoch * samples_per_prompt)"
+        )
+    if config.lora is None and config.model.dtype != "fp32":
+        problems.append(
+            f"lora: null trains the denoiser itself, in fp32, and model.dtype is {config.model.dtype}; set model.dtype "
+            "to fp32 (with mixed_precision for speed), or train an adapter"
+        )
+    if config.mixed_precision == "fp16":
+        problems.append("mixed_precision: fp16 loses small gradients, and there is no loss scaling; use bf16")
+    eta = ETA.get(sampler.dynamics, 1.0) if sampler.eta is None else sampler.eta
+    window = None if sampler.window is None else tuple(sampler.window)
+    plan = Plan(train.prompts_per_epoch, train.samples_per_prompt, train.updates_per_epoch)
+    try:
+        sketch: Any = _SamplerSketch(sampler.dynamics, eta, window, sampler.steps)
+        build_algorithm(config.algorithm).check(sketch, _sketched(config.reward), plan)
+    except UserError as error:
+        problems.append(str(error))
+    except AttributeError:
+        # This algorithm's check wants the real objects: the trainer asks it again.
+        pass
+    return problems
+
+
+def _sketched(spec: Any) -> Any:
+    terms = [spec] if isinstance(spec, (str, Mapping)) else list(spec)
+    names = [term if isinstance(term, str) else term["name"] for term in terms]
+    kinds = [_reward_kind(name) for name in names]
+    return _RewardSketch(
+        name=" + ".join(names),
+        differentiable=all(kind.differentiable for kind in kinds),
+        groupwise=any(kind.groupwise for kind in kinds),
+    )
+
+
+def _reward_kind(name: str) -> Any:
+    """Return something that knows whether the reward is differentiable: its class, or the object a function makes."""
+    builder: Any = REWARDS.get(name)
+    return builder if inspect.isclass(builder) else builder()

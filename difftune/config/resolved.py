@@ -1,0 +1,67 @@
+"""A validated configuration as plain data: to be written, to be published, to be compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from difftune.config.schema import RunConfig
+
+HARMLESS = (
+    "out",
+    "device",
+    "threads",
+    "evaluate",
+    "gradient_checkpointing",
+    "train.epochs",
+    "train.micro_batch",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.sample_every",
+    "train.sample_count",
+    "sampler.batch_size",
+    "sampler.store",
+)
+"""Keys that a resumed run may change: how long, how often, where and how much at once. Results stay what they would
+have been, up to rounding."""
+
+
+def resolve(config: RunConfig) -> dict[str, Any]:
+    """Return every value of ``config`` as plain data, defaults included; :func:`validate` gives back its equal."""
+    return config.model_dump(mode="json")
+
+
+def published(config: RunConfig) -> dict[str, Any]:
+    """Return :func:`resolve` without anything that names this machine: paths are cut to their last part."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cut(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [cut(item) for item in value]
+        return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+    data = {key: value for key, value in resolve(config).items() if key not in ("out", "device", "threads")}
+    # Prompts are data: a prompt that looks like a path stays what it is.
+    source = data["prompts"]["source"]
+    data = cut(data)
+    if not isinstance(source, str):
+        data["prompts"]["source"] = source
+    return data
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys in which two resolved configurations differ such that a resumed run would be another."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return sorted(key for key in differing if key.split(".")[0] not in HARMLESS and key not in HARMLESS)
+
+
+def _flat(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(data, Mapping) and data:
+        for key, value in data.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, data
