@@ -113,7 +113,7 @@ class Penalty(_Shape):
     """``-relu(r - above)``: nothing below a threshold, and what is above it off.
 
     Args:
-        of: the term that is to be avoided, e.g. ``nsfw``.
+        of: the term that is to be avoided, e.g. ``sharpness``.
         above: the score that is still allowed.
     """
 

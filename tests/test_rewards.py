@@ -72,7 +72,12 @@ def test_the_first_four_are_there() -> None:
     assert set(BUILTIN) <= set(list_rewards())
 
 
-@pytest.fixture(scope="module", params=list_rewards())
+def subjects() -> list[Any]:
+    """Return the names of all rewards, those that are heavy marked slow."""
+    return [pytest.param(n, marks=pytest.mark.slow if CASES.get(n, Case()).slow else ()) for n in list_rewards()]
+
+
+@pytest.fixture(scope="module", params=subjects())
 def scorer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     case = CASES.get(request.param, Case())
     if case.module is not None:
