@@ -28,7 +28,7 @@ ORDER: list[list[str]] = [
     ["config"],
     ["trainer"],
     ["algorithms", "rewards"],  # plug-ins: see PLUGINS
-    ["checkpoint", "export", "processes", "report", "tracking"],
+    ["checkpoint", "export", "monitor", "processes", "report", "serve", "tracking"],
     ["sampler"],
     ["drivers"],
     ["puppet", "denoiser", "prompt_cache", "quirks"],
