@@ -1,0 +1,109 @@
+"""``difftune list``, ``new``, ``schema`` and ``doctor``: looking around, and a recipe to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import difftune
+from difftune.cli.messages import say
+from difftune.cli.options import Plugins
+
+
+def list_(
+    what: Annotated[str, typer.Argument(help="algorithms, rewards, models or recipes.")],
+    plugin: Plugins = None,
+) -> None:
+    """List what there is to choose from."""
+    from difftune.registry import load_plugin, nearest
+    from difftune.types import UserError
+
+    listings = {"algorithms": _algorithms, "rewards": _rewards, "models": _models, "recipes": _recipes}
+    if what not in listings:
+        raise UserError(f"list: got {what!r}{nearest(what, list(listings))}, expected {', '.join(listings)}")
+    for file in plugin or []:
+        load_plugin(file)
+    rows = listings[what]()
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, description in rows:
+        say(f"{name:<{width}}  {description}")
+
+
+def _algorithms() -> list[tuple[str, str]]:
+    from difftune.algorithm import ALGORITHMS
+
+    return [(name, f"{ALGORITHMS.get(name).paper} (needs {ALGORITHMS.get(name).evidence})") for name in ALGORITHMS]
+
+
+def _rewards() -> list[tuple[str, str]]:
+    from difftune.config import first_line
+    from difftune.reward import REWARDS, reward_settings
+
+    rows = []
+    for name in REWARDS:
+        builder = REWARDS.get(name)
+        gradient = " Differentiable." if getattr(builder, "differentiable", False) else ""
+        settings = ", ".join(reward_settings(name))
+        rows.append((name, f"{first_line(builder)}{gradient}{f' Settings: {settings}.' if settings else ''}"))
+    return rows
+
+
+def _models() -> list[tuple[str, str]]:
+    from difftune.zoo import MODELS
+
+    more = ("(any other)", "a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, or a folder in its layout")
+    return [*((name, model.description) for name, model in MODELS.items()), more]
+
+
+def _recipes() -> list[tuple[str, str]]:
+    from difftune.config import recipes
+
+    return list(recipes().items())
+
+
+def new(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (difftune list recipes).")],
+    file: Annotated[Path | None, typer.Argument(help="The file to write; RECIPE.yaml by default.")] = None,
+) -> None:
+    """Copy a recipe, comments included, to start from."""
+    from difftune.config import recipe_text
+    from difftune.types import UserError
+
+    text = recipe_text(recipe)
+    target = file if file is not None else Path(f"{recipe}.yaml")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with target.open("x", encoding="utf-8") as handle:
+            handle.write(text)
+    except FileExistsError:
+        raise UserError(f"{str(target)!r} exists already; choose another name") from None
+    say(f"wrote {target}; try it with: difftune check {target}")
+
+
+def schema(out: Annotated[Path | None, typer.Option(help="Write it to this file.")] = None) -> None:
+    """Print the JSON schema of a configuration.
+
+    Editors complete and check a YAML file that begins with # yaml-language-server: $schema=FILE
+    """
+    import json
+
+    from difftune.config import json_schema
+
+    text = json.dumps(json_schema(), indent=2)
+    if out is None:
+        typer.echo(text)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + "\n", encoding="utf-8")
+    say(f"wrote {out}; first line of a configuration: # yaml-language-server: $schema={out}")
+
+
+def doctor() -> None:
+    """Look at versions, device, memory, extras and tokens, and say what to do about what is missing."""
+    from difftune.doctor import environment, table
+
+    say(f"difftune {difftune.__version__}")
+    for line in table(environment()):
+        say(line)

@@ -1,0 +1,121 @@
+"""``difftune score``: pictures from outside, scored."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from difftune.cli.messages import clean, say
+from difftune.cli.options import Plugins
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Largest picture that is decoded: 64 million pixels.
+MAX_PIXELS = 64_000_000
+
+
+def score(
+    reward: Annotated[str, typer.Argument(help="A reward's name (difftune list rewards).")],
+    images: Annotated[list[Path], typer.Argument(help="PNG, JPEG or WEBP files, or folders of them.")],
+    prompts: Annotated[str | None, typer.Option(help="A prompt file, one line per picture in their order.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="One prompt for all pictures.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of the reward, KEY=VALUE.")] = None,
+    plugin: Plugins = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+) -> None:
+    """Score pictures."""
+    import csv
+    import json
+
+    from difftune.prompts import Prompt, load_prompts
+    from difftune.registry import load_plugin
+    from difftune.types import UserError
+
+    for file in plugin or []:
+        load_plugin(file)
+    scorer = _scorer(reward, settings or [])
+    files = _picture_files(images)
+    entries = [Prompt(prompt or "")] * len(files) if prompts is None else load_prompts(prompts)
+    if len(entries) != len(files):
+        raise UserError(f"--prompts: {prompts} has {len(entries)} prompts for {len(files)} pictures, expected as many")
+    rows = []
+    for file, entry in zip(files, entries, strict=True):
+        # One at a time: pictures from outside come in all sizes.
+        out = scorer(read_picture(file), [entry.text], [entry.metadata])
+        parts = {name: float(value[0]) for name, value in out.parts.items()}
+        rows.append({"image": str(file), "prompt": entry.text, "score": float(out.total[0]), **parts})
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif as_csv:
+        fields = dict.fromkeys(key for row in rows for key in row)
+        writer = csv.DictWriter(sys.stdout, list(fields))
+        writer.writeheader()
+        # A terminal must not be steered by a prompt; a file gets the prompt as it is.
+        tame = clean if sys.stdout.isatty() else str
+        writer.writerows({k: tame(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
+    else:
+        for row in rows:
+            extra = "  ".join(f"{key} {value:.4g}" for key, value in row.items() if key not in _ROW)
+            say(f"{row['score']:>10.4f}  {row['image']}  {extra}".rstrip())
+        scores = [float(str(row["score"])) for row in rows]
+        if len(scores) > 1:
+            say(f"{sum(scores) / len(scores):>10.4f}  mean of {len(scores)}")
+
+
+_ROW = ("image", "prompt", "score")
+
+
+def _scorer(reward: str, settings: Sequence[str]) -> Any:
+    from difftune.config import load_reward, parse_yaml
+    from difftune.types import UserError
+
+    spec: dict[str, Any] = {"name": reward}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set: got {setting!r}, expected KEY=VALUE")
+        spec.update(parse_yaml(f"{key}: {value}", "--set"))
+    return load_reward(spec)
+
+
+def _picture_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the picture files, those of folders in the order of their names."""
+    from difftune.types import UserError
+
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(f for f in path.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"picture {str(path)!r} does not exist")
+    if not files:
+        raise UserError(f"no pictures in {', '.join(map(str, paths))}: expected PNG, JPEG or WEBP files")
+    return files
+
+
+def read_picture(path: Path) -> Tensor:
+    """Return a picture as ``(1, 3, H, W)`` in [0, 1]; its size is looked at before it is decoded."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    from difftune.types import UserError
+
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(
+                    f"picture {str(path)!r} is {image.width} x {image.height}, expected at most {MAX_PIXELS:,} pixels"
+                )
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"picture {str(path)!r} cannot be read as PNG, JPEG or WEBP ({error})") from None
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
