@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step_(\d{6,})")
 _STAGING = ".staging-"
 

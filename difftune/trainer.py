@@ -7,18 +7,21 @@ is lies in :meth:`Trainer.state_dict`, so a run that is interrupted and resumed 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -26,6 +29,7 @@ from difftune import checkpoint
 from difftune.algorithm import Algorithm, Batch, Context, Plan, Prepared
 from difftune.export import save_adapter, save_weights
 from difftune.policy import Policy
+from difftune.processes import Processes, even_shares
 from difftune.prompts import Prompt, PromptStream, load_prompts
 from difftune.report import sample_grid, write_report
 from difftune.reward import Reward, build_reward
@@ -34,6 +38,9 @@ from difftune.types import Metrics, NonFiniteError, RewardOutput, SampleKey, Tra
 
 #: |ratio - 1| that another batch size may cause before the gate warns: the smallest clip range in use.
 MICRO_BATCH_BOUND = 1e-4
+
+#: How long processes wait for one another: longer than a slow scorer, sample grid or checkpoint takes.
+PATIENCE = timedelta(hours=1)
 
 #: Called with (phase, done, total) while an epoch runs: what a progress display shows.
 Listener = Callable[[str, int, int], None]
@@ -61,6 +68,26 @@ class TrainerConfig(BaseModel):
         return self.prompts_per_epoch * self.samples_per_prompt
 
 
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of an epoch over all processes: a pure function of (seed, epoch).
+
+    Attributes:
+        epoch: the epoch, from 1.
+        texts, metadata, keys: the samples' prompts and noise keys, in order.
+        shares: the indices of the samples that each process draws, by rank.
+    """
+
+    epoch: int
+    texts: list[str]
+    metadata: list[Mapping[str, Any]]
+    keys: list[SampleKey]
+    shares: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
 class Trainer:
     """Trains a policy; iterate over it for one :class:`~difftune.types.Metrics` per epoch.
 
@@ -76,6 +103,9 @@ class Trainer:
         base_model: the model's name, for the adapter's card.
         description: the resolved configuration, written to ``config.yaml`` by the command line and into the adapter.
         listener: called with (phase, done, total) while an epoch runs.
+
+    Several processes (``accelerate launch``, ``torchrun``) share the samples, and take the same steps as one would, up
+    to rounding; each makes its trainer, iterates over it and saves, and the first of them writes.
 
     Raises:
         UserError: a combination that cannot work, or a folder that already holds a run.
@@ -106,7 +136,8 @@ class Trainer:
         if config is not None and settings:
             raise UserError(f"Trainer: got config and {', '.join(settings)}, expected one or the other")
         self.config = config or TrainerConfig(**settings)
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+        self.processes = Processes(self.accelerator)
         self.policy = policy.to(self.accelerator.device)
         self.sampler = sampler
         self.algorithm = algorithm
@@ -131,30 +162,47 @@ class Trainer:
             eps=settings_.adam_eps,
             weight_decay=settings_.weight_decay,
         )
+        # Adapters begin at random: without this, processes that were not seeded alike would drift apart.
+        if self.processes.count > 1:
+            self.policy.load_state_dict(self.processes.from_first(self.policy.state_dict()))
         self.algorithm.setup(self.policy)
         self._boundary: dict[str, Any] | None = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._reported: list[RewardOutput] = []
+        self._gate_calls = 0
         if self.out is not None:
-            self._open(resume)
+            self.processes.together(self._open, resume)
+            self._require_one_run()
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Metrics]:
         """Run the remaining epochs, yielding one record after each."""
         try:
-            if self.epoch == 0:
-                self._write_samples()
+            with self.processes.signals():
+                if self.epoch == 0:
+                    self._write_samples()
             while self.epoch < self.config.epochs:
-                self._boundary = self.state_dict()
-                metrics = self._run_epoch(self.epoch + 1)
-                self._boundary = None
-                yield metrics
+                with self.processes.signals():
+                    self._boundary = self.state_dict()
+                    metrics = self._run_epoch(self.epoch + 1)
+                    self._boundary = None
+                yield from self._hand_out(metrics)
         except KeyboardInterrupt:
             # Half an epoch cannot be resumed to the bit; its beginning can. Between two epochs the state is one.
             if self.out is not None:
                 self._save_checkpoint(self.state_dict() if self._boundary is None else self._boundary)
             raise
+
+    def _hand_out(self, metrics: Metrics) -> Iterator[Metrics]:
+        """Yield the record; an interruption of one process in its caller's hands becomes one of all."""
+        try:
+            yield metrics
+        except KeyboardInterrupt:
+            if self.processes.count == 1:
+                raise
+            self.processes.interrupt()
+        self.processes.together(lambda: None)
 
     def _run_epoch(self, epoch: int) -> Metrics:
         # The checkpoint is written after the epoch's record, so its time stands in the next one.
@@ -162,36 +210,31 @@ class Trainer:
         self._seconds.clear()
         if saving is not None:
             self._seconds["save"] = saving
-        calls = self.sampler.denoiser_calls
+        before, self._gate_calls = self.sampler.denoiser_calls, 0
         started = time.perf_counter()
-        texts, metadata, keys = self._plan(epoch)
-        mine = self._shard(len(texts))
+        samples = self._plan(epoch)
         self._reported.clear()
-        scores: RewardOutput | None
-        if self.algorithm.evidence == "gradient":
-            trajectory, scores = None, None
-            prepared = Prepared({})
-        else:
-            with self.policy.adapter(self.algorithm.behaviour):
-                trajectory = self._rollout([texts[i] for i in mine], [keys[i] for i in mine])
-            scores = self._score(trajectory, [texts[i] for i in mine], [metadata[i] for i in mine])
+        trajectory: Trajectory | None = None
+        scores: RewardOutput | None = None
+        prepared = Prepared({})
+        if self.algorithm.evidence != "gradient":
+            trajectory = self.processes.together(self._draw, samples)
+            scores = self._score(trajectory, samples)
             if self.parity is None:
-                before = self.sampler.denoiser_calls
-                with self.policy.adapter(self.algorithm.behaviour):
-                    self.parity = self._gate(trajectory)
-                # Every process passes the gate once, resumed or not: its calls are not the epoch's.
-                calls += self.sampler.denoiser_calls - before
-            prepared = self.algorithm.prepare(texts, scores)
-        values = self._update(epoch, texts, metadata, keys, mine, trajectory, prepared)
+                self.processes.together(self._pass_gate, trajectory)
+            prepared = self.processes.together(self.algorithm.prepare, samples.texts, scores)
+        values = self._update(samples, trajectory, prepared)
         self.algorithm.after_epoch(self.policy, self.step)
         self.epoch = epoch
         if scores is None:
-            scores = self._gathered(self._reported)
+            scores = self._gathered(_joined(self._reported))
         if scores is not None:
             values = {**_reward_values(scores, prepared), **values}
         took = time.perf_counter() - started
-        values["samples_per_second"] = len(texts) / took
-        values["denoiser_calls"] = float(self.sampler.denoiser_calls - calls)
+        values["samples_per_second"] = len(samples) / took
+        # Every process passes the gate once, resumed or not: its calls are not the epoch's.
+        calls = self.sampler.denoiser_calls - before - self._gate_calls
+        values["denoiser_calls"] = float(sum(self.processes.gather(calls)))
         return self._finish(epoch, values)
 
     def _finish(self, epoch: int, values: dict[str, float]) -> Metrics:
@@ -201,26 +244,32 @@ class Trainer:
         if every and (epoch % every == 0 or last):
             self._write_samples()
         metrics = Metrics(epoch, self.step, values, dict(self._seconds))
-        if self.out is not None and self.accelerator.is_main_process:
-            with (self.out / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(metrics.record()) + "\n")
+        self.processes.together(self._log, metrics)
         if self.out is not None and (epoch % self.config.save_every == 0 or last):
             self._save_checkpoint(self.state_dict())
         return metrics
 
-    def _plan(self, epoch: int) -> tuple[list[str], list[Mapping[str, Any]], list[SampleKey]]:
-        """Return the epoch's prompts, metadata and keys: a pure function of (seed, epoch)."""
+    def _log(self, metrics: Metrics) -> None:
+        if self.out is not None and self.processes.first:
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(metrics.record()) + "\n")
+
+    def _plan(self, epoch: int) -> _Samples:
+        """Return the epoch's samples: a pure function of (seed, epoch) and the number of processes."""
         drawn = self._stream.epoch(epoch - 1, self.config.prompts_per_epoch)
         rows = [prompt for prompt in drawn for _ in range(self.config.samples_per_prompt)]
         texts = [row.text for row in rows]
-        return texts, [row.metadata for row in rows], list(sample_keys(texts, self.config.seed, epoch))
+        keys = list(sample_keys(texts, self.config.seed, epoch))
+        shares = even_shares(len(rows), self.processes.count)
+        return _Samples(epoch, texts, [row.metadata for row in rows], keys, shares)
 
-    def _shard(self, count: int) -> list[int]:
-        """Return the indices of this process: a contiguous block of whole draws of a prompt."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.config.samples_per_prompt
-        draws = count // size
-        return list(range(draws * rank // world * size, draws * (rank + 1) // world * size))
+    def _draw(self, samples: _Samples) -> Trajectory | None:
+        """Draw this process's share; ``None`` if that is empty, since there are more processes than samples."""
+        mine = samples.shares[self.processes.rank]
+        if not mine:
+            return None
+        with self.policy.adapter(self.algorithm.behaviour):
+            return self._rollout([samples.texts[i] for i in mine], [samples.keys[i] for i in mine])
 
     def _rollout(self, texts: Sequence[str], keys: Sequence[SampleKey]) -> Trajectory:
         parts = []
@@ -232,32 +281,41 @@ class Trainer:
                 self._tell("rollout", min(start + size, len(texts)), len(texts))
         return Trajectory.cat(parts)
 
-    def _score(
-        self, trajectory: Trajectory, texts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> RewardOutput:
-        """Score this process's samples and gather everyone's, in the plan's order, on the CPU."""
-        assert trajectory.images is not None
+    def _score(self, trajectory: Trajectory | None, samples: _Samples) -> RewardOutput:
+        """Score the epoch's samples, and return everyone's scores, in the plan's order, on the CPU.
+
+        A scorer that compares samples must see all of them, so the first process does all of its work.
+        """
+        images = None if trajectory is None else trajectory.images
+        rows = samples.shares[self.processes.rank]
         with self._phase("score"):
-            out = self._gathered([self.reward(trajectory.images, texts, metadata)])
+            if self.reward.groupwise and self.processes.count > 1:
+                everyone = self.processes.gather(None if images is None else images.cpu())
+                images, rows = None, list(range(len(samples)))
+                if self.processes.first:
+                    images = torch.cat([part for part in everyone if part is not None]).to(self.policy.device)
+            out = self._gathered(self.processes.together(self._score_rows, images, rows, samples))
             assert out is not None
+            return out
+
+    def _score_rows(self, images: Tensor | None, rows: Sequence[int], samples: _Samples) -> RewardOutput | None:
+        if images is None:
+            return None
+        texts = [samples.texts[i] for i in rows]
+        out = self.reward(images, texts, [samples.metadata[i] for i in rows])
         self._tell("score", len(texts), len(texts))
         return out
 
-    def _gathered(self, outputs: Sequence[RewardOutput]) -> RewardOutput | None:
-        """Join rewards of this process and gather everyone's, on the CPU."""
-        if not outputs:
-            return None
-        first = outputs[0]
-        parts = {name: self._gather(torch.cat([o.parts[name] for o in outputs])) for name in first.parts}
-        known = [o.uncertainty for o in outputs if o.uncertainty is not None]
-        uncertainty = self._gather(torch.cat(known)) if len(known) == len(outputs) else None
-        return RewardOutput(self._gather(torch.cat([o.total for o in outputs])), parts, uncertainty)
+    def _gathered(self, scores: RewardOutput | None) -> RewardOutput | None:
+        """Return the scores of all processes, by rank, on the CPU; ``None`` if no process has any."""
+        mine = None if scores is None else _on_cpu(scores)
+        return _joined([part for part in self.processes.gather(mine) if part is not None])
 
-    def _gather(self, values: Tensor) -> Tensor:
-        local = values.detach().cpu()
-        if self.accelerator.num_processes == 1:
-            return local
-        return torch.tensor([v for rank in gather_object([local.tolist()]) for v in rank])
+    def _pass_gate(self, trajectory: Trajectory | None) -> None:
+        before = self.sampler.denoiser_calls
+        with self.policy.adapter(self.algorithm.behaviour):
+            self.parity = {} if trajectory is None else self._gate(trajectory)
+        self._gate_calls = self.sampler.denoiser_calls - before
 
     def _gate(self, trajectory: Trajectory) -> dict[str, float]:
         with self._phase("gate"):
@@ -286,63 +344,91 @@ class Trainer:
             )
         return max(errors)
 
-    def _update(
-        self,
-        epoch: int,
-        texts: Sequence[str],
-        metadata: Sequence[Mapping[str, Any]],
-        keys: Sequence[SampleKey],
-        mine: Sequence[int],
-        trajectory: Trajectory | None,
-        prepared: Prepared,
-    ) -> dict[str, float]:
-        units = [[i] for i in range(len(texts))] if prepared.units is None else [list(u) for u in prepared.units]
+    def _update(self, samples: _Samples, trajectory: Trajectory | None, prepared: Prepared) -> dict[str, float]:
+        units = [[i] for i in range(len(samples))] if prepared.units is None else [list(u) for u in prepared.units]
+        owner = {i: rank for rank, share in enumerate(samples.shares) for i in share}
         meter: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        local = {index: row for row, index in enumerate(mine)}
-        if any(0 < sum(i in local for i in unit) < len(unit) for unit in units):
-            raise UserError(
-                "train.prompts_per_epoch: a prompt that comes twice in an epoch was split between processes; use at "
-                "most as many prompts per epoch as there are prompts"
-            )
         done, total = 0, self.algorithm.config.inner_epochs * self.config.updates_per_epoch
         with self._phase("update"):
+            evidence = self._bring_together(units, owner, samples, trajectory)
             for sweep in range(self.algorithm.config.inner_epochs):
-                order = torch.randperm(len(units), generator=self._generator(epoch, sweep, "order")).tolist()
+                order = torch.randperm(len(units), generator=self._generator(samples.epoch, sweep, "order")).tolist()
                 for number, chosen in enumerate(_split(order, self.config.updates_per_epoch)):
                     minibatch = [units[i] for i in chosen]
-                    size = sum(len(unit) for unit in minibatch)
-                    for micro in _micro_batches([u for u in minibatch if u[0] in local], self.config.micro_batch):
-                        rows = [i for unit in micro for i in unit]
-                        batch = Batch(
-                            prompts=tuple(texts[i] for i in rows),
-                            keys=tuple(keys[i] for i in rows),
-                            values={name: value[rows] for name, value in prepared.values.items()},
-                            trajectory=None if trajectory is None else trajectory.select([local[i] for i in rows]),
-                            metadata=[metadata[i] for i in rows],
-                            units=_renumbered(micro),
-                        )
-                        context = Context(
-                            sampler=self.sampler,
-                            policy=self.policy,
-                            reward=self.reward,
-                            weight=len(rows) / size,
-                            # Keyed by the minibatch: how it is cut into micro-batches must not change the result.
-                            generator=self._generator(epoch, sweep, f"minibatch{number}"),
-                            epoch=epoch,
-                            step=self.step,
-                            report=self._report,
-                        )
-                        for name, value in self.algorithm.accumulate(batch, context).items():
-                            meter[name].append((value, len(rows)))
+                    # A unit is trained where its first sample was drawn.
+                    mine = [unit for unit in minibatch if owner[unit[0]] == self.processes.rank]
+                    size = sum(map(len, minibatch))
+                    stream = (samples.epoch, sweep, f"minibatch{number}")
+                    found = self.processes.together(self._accumulate, mine, size, stream, samples, evidence, prepared)
+                    for name, values in found.items():
+                        meter[name].extend(values)
                     meter["grad_norm"].append((self._optimize(), 1.0))
                     done += 1
-                    self._tell("update", done, total)
+                    self.processes.together(self._tell, "update", done, total)
         return self._means(meter)
 
+    def _bring_together(
+        self, units: Sequence[list[int]], owner: Mapping[int, int], samples: _Samples, trajectory: Trajectory | None
+    ) -> _Evidence:
+        """Return this process's samples, with those of its units that others have drawn (a pair across processes)."""
+        mine = samples.shares[self.processes.rank]
+        if self.algorithm.evidence == "gradient":
+            return _Evidence(None, {})
+        moving = [i for unit in units for i in unit if owner[i] != owner[unit[0]]]
+        parts, rows = [] if trajectory is None else [trajectory], list(mine)
+        if moving:
+            leaving = [i for i in mine if i in set(moving)]
+            given = None
+            if leaving:
+                assert trajectory is not None
+                given = _moved(trajectory.select([mine.index(i) for i in leaving]), "cpu")
+            for theirs, part in self.processes.gather((leaving, given)):
+                if part is not None and theirs != leaving:
+                    parts.append(_moved(part, self.policy.device if self.sampler.store == "device" else "cpu"))
+                    rows.extend(theirs)
+        return _Evidence(Trajectory.cat(parts) if parts else None, {index: row for row, index in enumerate(rows)})
+
+    def _accumulate(
+        self,
+        units: Sequence[list[int]],
+        size: int,
+        stream: tuple[int, int, str],
+        samples: _Samples,
+        evidence: _Evidence,
+        prepared: Prepared,
+    ) -> dict[str, list[tuple[float, float]]]:
+        """Add up the gradients of ``units``, this process's part of a minibatch of ``size`` samples.
+
+        Returns metrics by name, as (value, samples) of each micro-batch.
+        """
+        meter: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for micro in _micro_batches(units, self.config.micro_batch):
+            rows = [i for unit in micro for i in unit]
+            batch = Batch(
+                prompts=tuple(samples.texts[i] for i in rows),
+                keys=tuple(samples.keys[i] for i in rows),
+                values={name: value[rows] for name, value in prepared.values.items()},
+                trajectory=evidence.select(rows),
+                metadata=[samples.metadata[i] for i in rows],
+                units=_renumbered(micro),
+            )
+            context = Context(
+                sampler=self.sampler,
+                policy=self.policy,
+                reward=self.reward,
+                weight=len(rows) / size,
+                # Keyed by the minibatch: how it is cut into micro-batches must not change the result.
+                generator=self._generator(*stream),
+                epoch=samples.epoch,
+                step=self.step,
+                report=self._report,
+            )
+            for name, value in self.algorithm.accumulate(batch, context).items():
+                meter[name].append((value, len(rows)))
+        return meter
+
     def _report(self, rewards: RewardOutput) -> None:
-        parts = {name: part.detach() for name, part in rewards.parts.items()}
-        uncertainty = None if rewards.uncertainty is None else rewards.uncertainty.detach()
-        self._reported.append(RewardOutput(rewards.total.detach(), parts, uncertainty))
+        self._reported.append(_on_cpu(rewards))
 
     def _generator(self, epoch: int, sweep: int, stream: str) -> torch.Generator:
         return keyed_generator(SampleKey(self.config.seed, epoch, "", sweep), stream)
@@ -350,11 +436,7 @@ class Trainer:
     def _optimize(self) -> float:
         """Reduce, check, clip and step; return the gradient's norm before clipping."""
         parameters = self.policy.named_parameters()
-        if self.accelerator.num_processes > 1:
-            for parameter in parameters.values():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+        self.processes.sum_gradients(list(parameters.values()))
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.algorithm.config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             bad = [n for n, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
@@ -370,19 +452,20 @@ class Trainer:
         return float(norm)
 
     def _means(self, meter: Mapping[str, list[tuple[float, float]]]) -> dict[str, float]:
-        if self.accelerator.num_processes > 1:
-            merged: dict[str, list[tuple[float, float]]] = defaultdict(list)
-            for rank in gather_object([dict(meter)]):
-                for name, entries in rank.items():
-                    merged[name].extend(entries)
-            meter = merged
-        return {name: sum(v * w for v, w in e) / sum(w for _, w in e) for name, e in meter.items() if e}
+        merged: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for found in self.processes.gather(dict(meter)):
+            for name, entries in found.items():
+                merged[name].extend(entries)
+        return {name: sum(v * w for v, w in e) / sum(w for _, w in e) for name, e in merged.items() if e}
 
     # -- what a run leaves behind --------------------------------------------------------------------------------
 
     def _write_samples(self) -> None:
         """Draw the sample grid: the same prompts and noise every time."""
-        if self.out is None or not self.config.sample_every or not self.accelerator.is_main_process:
+        self.processes.together(self._draw_samples)
+
+    def _draw_samples(self) -> None:
+        if self.out is None or not self.config.sample_every or not self.processes.first:
             return
         count = self.config.sample_count
         texts = [self.sample_prompts[i % len(self.sample_prompts)].text for i in range(count)]
@@ -398,7 +481,11 @@ class Trainer:
         """Write the adapter (or the trained weights, with ``lora=None``) and the report; return the files."""
         if self.out is None:
             raise UserError("Trainer.save: this trainer has no folder; give it out=...")
-        if not self.accelerator.is_main_process:
+        return self.processes.together(self._save)
+
+    def _save(self) -> list[Path]:
+        assert self.out is not None
+        if not self.processes.first:
             return []
         folder = self.out / "adapter"
         about: dict[str, Any] = {
@@ -424,12 +511,13 @@ class Trainer:
         return self.out / "checkpoints"
 
     def _save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        def write() -> None:
+            if self.processes.first:
+                keep = self.config.keep_checkpoints
+                checkpoint.save_checkpoint(self.checkpoint_root, state["epoch"], state, keep=keep)
+
         with self._phase("save"):
-            if self.accelerator.is_main_process:
-                checkpoint.save_checkpoint(
-                    self.checkpoint_root, state["epoch"], state, keep=self.config.keep_checkpoints
-                )
-            self.accelerator.wait_for_everyone()
+            self.processes.together(write)
 
     def _open(self, resume: bool) -> None:
         """Make the run's folder, or take up the run that is in it."""
@@ -444,13 +532,26 @@ class Trainer:
         elif log.exists() or checkpoint.checkpoints(self.checkpoint_root):
             raise UserError(f"out: {self.out} already holds a run; resume it (resume=True), or choose another folder")
         self.out.mkdir(parents=True, exist_ok=True)
-        if self.accelerator.is_main_process and log.exists():
+        if self.processes.first and log.exists():
             # Lines of epochs that the checkpoint does not know of are written again, the same.
             kept = [line for line in log.read_text().splitlines() if _epoch_of(line) <= self.epoch]
             checkpoint.write_atomically(log, "".join(line + "\n" for line in kept))
 
+    def _require_one_run(self) -> None:
+        """Refuse processes that found different checkpoints: each would go on from its own."""
+        epochs = self.processes.gather(self.epoch)
+        if len(set(epochs)) > 1:
+            other = next(rank for rank, epoch in enumerate(epochs) if epoch != epochs[0])
+            raise UserError(
+                f"resume: process 0 found epoch {epochs[0]} in {self.out}, process {other} found {epochs[other]}; put "
+                "the run into a folder that all processes share"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        """Return everything the run is: counters, weights, adapters, optimizer, algorithm and random generators."""
+        """Return everything the run is: counters, weights, adapters, optimizer, algorithm and random generators.
+
+        All processes must call it: what each has of its own (generators, the reward's memory) is gathered.
+        """
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -458,15 +559,17 @@ class Trainer:
             "policy": self.policy.state_dict(),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "algorithm": {"name": self.algorithm.name, "state": copy.deepcopy(self.algorithm.state_dict())},
-            "reward": copy.deepcopy(self.reward.state_dict()),
-            "rng": checkpoint.rng_state(),
+            "processes": self.processes.gather(
+                {"reward": copy.deepcopy(self.reward.state_dict()), "rng": checkpoint.rng_state()}
+            ),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`.
 
         Raises:
-            UserError: the state is of another algorithm, seed or adapter.
+            UserError: the state is of another algorithm, seed or adapter, or the reward remembers what another number
+                of processes have seen.
         """
         if state["algorithm"]["name"] != self.algorithm.name:
             raise UserError(
@@ -477,12 +580,25 @@ class Trainer:
             raise UserError(
                 f"resume: the checkpoint has seed {state['seed']}, this run {self.config.seed}; use the same seed"
             )
+        own, count = state["processes"], self.processes.count
+        if len(own) != count:
+            if any(process["reward"] for process in own):
+                raise UserError(
+                    f"resume: reward {self.reward.name!r} has a memory in each of {len(own)} processes, this run has "
+                    f"{count}; resume with {len(own)}"
+                )
+            warnings.warn(
+                f"resume: the checkpoint was made by {len(own)} processes, this run has {count}; it goes on as the "
+                "other would have up to rounding, not to the bit",
+                stacklevel=2,
+            )
         self.epoch, self.step = state["epoch"], state["step"]
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.algorithm.load_state_dict(state["algorithm"]["state"])
-        self.reward.load_state_dict(state["reward"])
-        checkpoint.load_rng_state(state["rng"])
+        mine = own[self.processes.rank % len(own)]
+        self.reward.load_state_dict(mine["reward"])
+        checkpoint.load_rng_state(mine["rng"])
 
     # -- small things --------------------------------------------------------------------------------------------
 
@@ -497,6 +613,48 @@ class Trainer:
     def _tell(self, phase: str, done: int, total: int) -> None:
         if self.listener is not None:
             self.listener(phase, done, total)
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """The recorded samples that a process trains on.
+
+    Attributes:
+        trajectory: the samples; ``None`` for ``gradient`` evidence, and where there are none.
+        place: a sample's index in the epoch to its row.
+    """
+
+    trajectory: Trajectory | None
+    place: Mapping[int, int]
+
+    def select(self, indices: Sequence[int]) -> Trajectory | None:
+        """Return the samples of these indices."""
+        return None if self.trajectory is None else self.trajectory.select([self.place[i] for i in indices])
+
+
+def _moved(trajectory: Trajectory, device: torch.device | str) -> Trajectory:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    fields = {field.name: move(getattr(trajectory, field.name)) for field in dataclasses.fields(trajectory)}
+    conditions = {name: move(value) for name, value in trajectory.conditions.items()}
+    return Trajectory(**{**fields, "conditions": conditions})
+
+
+def _joined(outputs: Sequence[RewardOutput]) -> RewardOutput | None:
+    """Join the rewards of several batches; ``None`` if there is none."""
+    if not outputs:
+        return None
+    parts = {name: torch.cat([o.parts[name] for o in outputs]) for name in outputs[0].parts}
+    known = [o.uncertainty for o in outputs if o.uncertainty is not None]
+    uncertainty = torch.cat(known) if len(known) == len(outputs) else None
+    return RewardOutput(torch.cat([o.total for o in outputs]), parts, uncertainty)
+
+
+def _on_cpu(rewards: RewardOutput) -> RewardOutput:
+    parts = {name: part.detach().cpu() for name, part in rewards.parts.items()}
+    uncertainty = None if rewards.uncertainty is None else rewards.uncertainty.detach().cpu()
+    return RewardOutput(rewards.total.detach().cpu(), parts, uncertainty)
 
 
 def _split(items: Sequence[int], parts: int) -> list[Sequence[int]]:

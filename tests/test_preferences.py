@@ -260,28 +260,6 @@ def trainer(**settings: Any) -> Any:
     )  # fmt: skip
 
 
-def test_processes_get_whole_prompts() -> None:
-    from types import SimpleNamespace
-
-    run = trainer()
-    for world in (1, 2, 3):
-        shares = []
-        for rank in range(world):
-            run.accelerator = SimpleNamespace(num_processes=world, process_index=rank)
-            shares.append(run._shard(12))
-        assert sum(shares, []) == list(range(12))
-        assert all(len(share) % 4 == 0 for share in shares)
-
-
-def test_a_unit_that_processes_would_share_is_refused() -> None:
-    from difftune.algorithm import Prepared
-    from difftune.types import UserError
-
-    run = trainer()
-    with pytest.raises(UserError, match="a prompt that comes twice in an epoch was split between processes"):
-        run._update(1, ["a"] * 4, [{}] * 4, [], [0, 1], None, Prepared({}, [[1, 2]]))
-
-
 def test_an_epoch_without_pairs_takes_no_step() -> None:
     from difftune.reward import FunctionReward
 
