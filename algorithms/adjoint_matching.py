@@ -29,16 +29,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from difftune.algorithm import AlgorithmConfig, Batch, Context, Plan, Prepared, TransitionAlgorithm, algorithm
-from difftune.algorithms._decode import decode
-from difftune.algorithms._jacobian import pull_back
+from difftune.algorithm import Batch, Context, Plan, Prepared, TransitionAlgorithm, TransitionConfig, algorithm
 from difftune.reward import Reward
 from difftune.sampler import Sampler, StepView
 from difftune.transition import Gaussian, working
 from difftune.types import RewardOutput, Trajectory, UserError
 
 
-class AdjointMatchingConfig(AlgorithmConfig):
+class AdjointMatchingConfig(TransitionConfig):
     """Adjoint matching's settings; defaults are those of the authors' code unless said otherwise."""
 
     lr: float = Field(3e-6, gt=0, description="Learning rate of AdamW (the authors', for the full UNet).")
@@ -60,15 +58,16 @@ class AdjointMatching(TransitionAlgorithm):
 
     paper = "Adjoint Matching: Fine-tuning with Memoryless SOC, Domingo-Enrich et al. 2024, arXiv 2409.08861"
     Config = AdjointMatchingConfig
+    needs_gradient = True
+    metrics = {
+        **TransitionAlgorithm.metrics,
+        "kl": "KL of the steps to the base model, mean over dimensions.",
+        "adjoint": "Length of the lean adjoint after the trained steps.",
+    }
 
     def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
-        """Refuse rewards without gradients, and noise that is not memoryless."""
+        """Refuse noise that is not memoryless."""
         super().check(sampler, reward, plan)
-        if not reward.differentiable:
-            raise UserError(
-                f"algorithm {self.name!r} needs a reward with gradients, and {reward.name!r} has none; choose a "
-                "differentiable reward (difftune list rewards)"
-            )
         wanted = {"ddim": 1.0, "flow_sde": math.sqrt(2)}.get(sampler.dynamics)
         if wanted is None or not math.isclose(sampler.eta, wanted, rel_tol=1e-3) or sampler.window is not None:
             raise UserError(
@@ -79,10 +78,6 @@ class AdjointMatching(TransitionAlgorithm):
     def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
         """Return nothing: the gradient of the reward is what is trained on."""
         return Prepared({})
-
-    def timestep_fraction(self) -> float:
-        """Return the configured share."""
-        return self.config.timestep_fraction
 
     def needs_reference(self) -> bool:
         """Return True: the steps are measured from the base model's."""
@@ -96,7 +91,7 @@ class AdjointMatching(TransitionAlgorithm):
         found = [adjoint]
         with context.policy.reference():
             for index in range(trajectory.num_steps - 1, 0, -1):
-                adjoint = pull_back(context.sampler, trajectory, index, adjoint)
+                adjoint = context.sampler.pull_back(trajectory, index, adjoint)
                 found.append(adjoint)
         return found[::-1]
 
@@ -117,7 +112,7 @@ def _reward_gradient(trajectory: Trajectory, batch: Batch, context: Context) -> 
     """Return ``(B, *latent)`` the gradient of each sample's reward by its finished latents."""
     with torch.enable_grad():
         latents = working(trajectory.states[:, -1]).to(context.policy.device).detach().requires_grad_()
-        images = decode(context.sampler, latents, batch.prompts, batch.keys, trajectory.conditions)
+        images = context.sampler.decode(latents, batch.prompts, batch.keys, trajectory.conditions)
         total: Any = context.reward(images, batch.prompts, batch.metadata).total
     if not total.requires_grad:
         return torch.zeros_like(latents)

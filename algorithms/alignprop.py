@@ -11,7 +11,8 @@ Activations of the denoiser are recomputed in the backward pass (checkpointing):
 Which variant this is. The first differentiated step is drawn as in the authors' code: ``gaussian``, about 42 of 50 (sd
 5, drawn again outside 1 ... 49), ``uniform`` over all steps (the paper's K ~ U(0, T)), or ``fixed``. One draw serves a
 minibatch. The guidance is differentiated, as the pipeline computes it; noise is a constant. The authors' losses are
-1 - r (here ``negative``, the same gradient) and, for aesthetics, |r - 10| (``target``), both times 0.01.
+1 - r (here ``negative``, the same gradient) and, for aesthetics, |r - 10| (``target``), both times 0.01. On flow
+models, which the paper does not treat, the steps of the ODE or SDE are differentiated in the same way.
 """
 
 from __future__ import annotations

@@ -28,19 +28,15 @@ from torch import Tensor
 from difftune.advantage import normalize_groups
 from difftune.algorithm import (
     Batch,
-    Plan,
     Point,
     Prepared,
     SampleAlgorithm,
     SampleConfig,
     algorithm,
     importance_sampling_loss,
-    require_group,
     squared_error,
 )
 from difftune.policy import Policy
-from difftune.reward import Reward
-from difftune.sampler import Sampler
 from difftune.types import RewardOutput
 
 
@@ -74,11 +70,14 @@ class AWM(SampleAlgorithm):
 
     paper = "Advantage Weighted Matching: Aligning RL with Pretraining in Diffusion Models, Xue et al. 2025"
     Config = AWMConfig
-
-    def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
-        """Refuse groups of one."""
-        super().check(sampler, reward, plan)
-        require_group(self.name, plan, "standardises rewards")
+    compares = "standardises rewards"
+    metrics = {
+        **SampleAlgorithm.metrics,
+        "ratio": "Ratio of the surrogate likelihoods to those of the weights that sampled; 1 in the first update.",
+        "error": "Squared error on the samples, mean over dimensions.",
+        "reference_distance": "Mean squared distance to the base model's prediction (with `kl_weight` above 0).",
+        "ema_distance": "Mean squared distance to the moving average's prediction (with `ema_weight` above 0).",
+    }
 
     def setup(self, policy: Policy) -> None:
         """Begin with the moving average and the sampling policy at the current weights."""

@@ -12,36 +12,28 @@ the optimum is not that of DPO on whole trajectories. Beyond the clamp there is 
 Which variant this is. Preferences come from the reward, within a prompt (best against worst, or all pairs); ties make
 no pair (in the authors' code a tie adds a constant log 2). Ratios are of mean log-probs per dimension (their d-th
 root), as in ddpo-pytorch's descendants; ``reduce: sum`` is the density itself. In the authors' code both samples of a
-pair begin from the same initial noise; here each has its own. On flow models the same loss runs on the SDE's Gaussians.
+pair begin from the same initial noise: ``sampler.initial_noise: prompt`` (each has its own by default). With ``data``
+the pictures of a file are compared; their denoising steps, which nobody saw, are drawn given the picture: the sampler's
+own steps with the true clean sample in place of a prediction, as Diffusion-DPO's derivation has it (not in the D3PO
+paper). On flow models the same loss runs on the SDE's Gaussians.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from difftune.advantage import Pairs, pairs_of, preference_units
-from difftune.algorithm import (
-    AlgorithmConfig,
-    Batch,
-    Context,
-    Plan,
-    Prepared,
-    TransitionAlgorithm,
-    algorithm,
-    require_group,
-)
-from difftune.reward import Reward
-from difftune.sampler import Sampler, StepView
+from difftune.advantage import Pairs
+from difftune.algorithm import Batch, Context, TransitionAlgorithm, TransitionConfig, algorithm
+from difftune.algorithms._preferences import Paired, PairsConfig
+from difftune.sampler import StepView
 from difftune.transition import Gaussian
-from difftune.types import RewardOutput
 
 
-class D3POConfig(AlgorithmConfig):
+class D3POConfig(PairsConfig, TransitionConfig):
     """D3PO's settings; defaults are those of the authors' code unless said otherwise."""
 
     lr: float = Field(3e-5, gt=0, description="Learning rate of AdamW (the authors', LoRA).")
@@ -49,13 +41,6 @@ class D3POConfig(AlgorithmConfig):
     clip_range: float = Field(0.1, gt=0, description="Ratios to the base model are clamped to 1 plus or minus this.")
     reduce: Literal["mean", "sum"] = Field(
         "mean", description="Log-probs averaged over dimensions (popular code) or summed (the density)."
-    )
-    pairs: Literal["best_worst", "all"] = Field(
-        "best_worst", description="Compare a prompt's best sample with its worst, or all of its samples."
-    )
-    margin: float = Field(0.0, ge=0, description="Rewards that differ by no more than this make no pair.")
-    timestep_fraction: float = Field(
-        1.0, gt=0, le=1, description="Share of the noisy steps trained per update, drawn at random."
     )
 
 
@@ -71,25 +56,17 @@ def preference_loss(winner: Tensor, loser: Tensor, beta: float, clip_range: floa
 
 
 @algorithm("d3po")
-class D3PO(TransitionAlgorithm):
+class D3PO(Paired, TransitionAlgorithm):
     """D3PO; see the module's docstring."""
 
     paper = "Using Human Feedback to Fine-tune Diffusion without Any Reward Model, Yang et al. 2023, arXiv 2311.13231"
     Config = D3POConfig
-
-    def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
-        """Refuse runs without pairs."""
-        super().check(sampler, reward, plan)
-        require_group(self.name, plan, "compares")
-
-    def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
-        """Return the samples that are compared; prompts of equal rewards are left out."""
-        units = preference_units(rewards.total, prompts, self.config.pairs, self.config.margin)
-        return Prepared({"reward": rewards.total}, units)
-
-    def timestep_fraction(self) -> float:
-        """Return the configured share."""
-        return self.config.timestep_fraction
+    metrics = {
+        **TransitionAlgorithm.metrics,
+        "implicit_accuracy": "Share of pairs whose winner gained more log-prob on the base model than the loser.",
+        "clip_fraction": "Share of samples and steps whose ratio to the base model is outside the clamp: no gradient.",
+        "margin": "Log-ratio of the winner less that of the loser, in the unit of `reduce`.",
+    }
 
     def needs_reference(self) -> bool:
         """Return True: the ratios are to the base model."""
@@ -97,7 +74,7 @@ class D3PO(TransitionAlgorithm):
 
     def accumulate(self, batch: Batch, context: Context) -> dict[str, float]:
         """Replay the chosen steps and compare within pairs."""
-        pairs = pairs_of(batch.values["reward"], batch.units, self.config.margin)
+        pairs = self.pairs(batch)
         trajectory = batch.trajectory
         assert trajectory is not None
 

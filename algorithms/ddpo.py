@@ -15,7 +15,8 @@ ddpo-pytorch and its descendants: w_t is the d-th root of the true ratio, and th
 Losses are averaged over steps (ddpo-pytorch sums their gradients before one optimizer step; AdamW makes that the same
 up to ``max_grad_norm``). Steps are drawn per micro-batch, not per sample. Guidance is on in training, because the
 replay runs the pipeline's own guided call. The optional KL term, w KL(p_theta || p_ref) per step with exact Gaussians,
-is DPOK's (Fan et al. 2023) and is not in the DDPO paper.
+is DPOK's (Fan et al. 2023) and is not in the DDPO paper. On flow models, which the paper does not treat, the same loss
+runs on the SDE's Gaussians.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from torch import Tensor
 
 from difftune.advantage import PromptStatistics, normalize_batch, normalize_groups
 from difftune.algorithm import (
-    AlgorithmConfig,
+    RATIO_METRICS,
     Plan,
     Prepared,
     TransitionAlgorithm,
+    TransitionConfig,
+    add_kl,
     algorithm,
     importance_sampling_loss,
     ratio_stats,
@@ -42,7 +45,7 @@ from difftune.transition import Gaussian
 from difftune.types import RewardOutput, UserError
 
 
-class DDPOConfig(AlgorithmConfig):
+class DDPOConfig(TransitionConfig):
     """DDPO's settings; defaults are those of the authors' LoRA code (ddpo-pytorch) unless said otherwise."""
 
     variant: Literal["importance_sampling", "score_function"] = Field(
@@ -60,9 +63,6 @@ class DDPOConfig(AlgorithmConfig):
     prompt_buffer: int = Field(32, ge=2, description="Rewards remembered per prompt (normalize: prompt).")
     prompt_min_count: int = Field(
         16, ge=2, description="Below this many remembered rewards a prompt uses the batch's mean and std."
-    )
-    timestep_fraction: float = Field(
-        1.0, gt=0, le=1, description="Share of the noisy steps trained per micro-batch, drawn at random."
     )
     kl_weight: float = Field(
         0.0, ge=0, description="Weight of the per-step KL to the base model, mean over dimensions (0: none, the paper)."
@@ -89,6 +89,7 @@ class DDPO(TransitionAlgorithm):
 
     paper = "Training Diffusion Models with Reinforcement Learning, Black et al. 2023, arXiv 2305.13301"
     Config = DDPOConfig
+    metrics = {**TransitionAlgorithm.metrics, **RATIO_METRICS}
 
     def __init__(self, config: DDPOConfig) -> None:
         super().__init__(config)
@@ -119,14 +120,6 @@ class DDPO(TransitionAlgorithm):
         bound = self.config.advantage_clip
         return Prepared({"advantage": advantage.clamp(-bound, bound)})
 
-    def timestep_fraction(self) -> float:
-        """Return the configured share."""
-        return self.config.timestep_fraction
-
-    def needs_reference(self) -> bool:
-        """Return whether the KL term is on."""
-        return self.config.kl_weight > 0
-
     def step_loss(
         self, view: StepView, values: Mapping[str, Tensor], reference: Gaussian | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,12 +129,7 @@ class DDPO(TransitionAlgorithm):
             loss = score_function_loss(view.log_prob, advantage)
         else:
             loss = importance_sampling_loss(view.log_prob, view.old_log_prob, advantage, self.config.clip_range)
-        stats = ratio_stats(view, self.config.clip_range)
-        if reference is not None:
-            kl = view.gaussian.kl(reference)
-            loss = loss + self.config.kl_weight * kl
-            stats["kl"] = kl.detach()
-        return loss, stats
+        return add_kl(loss, ratio_stats(view, self.config.clip_range), view, reference, self.config.kl_weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the per-prompt statistics."""

@@ -13,38 +13,22 @@ as in the authors' code, whose beta of 5000 holds the paper's constants. Flow-DP
 flow_grpo's images use 100 for means. ``schedule: derived`` is the paper's beta (1 - t)^2 on flow models, the same as
 errors of the noise with a constant beta: the authors (VideoAlign) warn that it hacks the reward, and use the constant.
 The loss can fall by a larger error on the loser, too: watch ``winner_error``. Pairs come from the reward, within a
-prompt, on samples of the current model.
+prompt, on samples of the current model (flow_grpo's online form), or from a file (``data``), as in the papers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from difftune.advantage import pairs_of, preference_units
-from difftune.algorithm import (
-    Batch,
-    Plan,
-    Point,
-    Prepared,
-    SampleAlgorithm,
-    SampleConfig,
-    algorithm,
-    require_group,
-)
-from difftune.reward import Reward
-from difftune.sampler import Sampler
-from difftune.types import RewardOutput
-
-#: Beta in the unit of mean errors, by what the model predicts.
-BETA = {"noise": 5000.0, "velocity": 100.0}
+from difftune.algorithm import Batch, Point, SampleAlgorithm, SampleConfig, algorithm
+from difftune.algorithms._preferences import Paired, PairsConfig, beta_of
 
 
-class DiffusionDPOConfig(SampleConfig):
+class DiffusionDPOConfig(PairsConfig, SampleConfig):
     """Settings of Diffusion-DPO and Flow-DPO."""
 
     lr: float = Field(2e-5, gt=0, description="Learning rate of AdamW (Diffusion-DPO's 1e-8 times its batch of 2048).")
@@ -58,10 +42,6 @@ class DiffusionDPOConfig(SampleConfig):
         "constant",
         description="beta as it is, or beta (1 - t)^2 on flow models: derived in the paper, which warns of hacking.",
     )
-    pairs: Literal["best_worst", "all"] = Field(
-        "best_worst", description="Compare a prompt's best sample with its worst, or all of its samples."
-    )
-    margin: float = Field(0.0, ge=0, description="Rewards that differ by no more than this make no pair.")
 
 
 def preference_logit(winner: Tensor, loser: Tensor, beta: float) -> Tensor:
@@ -75,36 +55,32 @@ def preference_loss(winner: Tensor, loser: Tensor, beta: float) -> Tensor:
 
 
 @algorithm("diffusion_dpo")
-class DiffusionDPO(SampleAlgorithm):
+class DiffusionDPO(Paired, SampleAlgorithm):
     """Diffusion-DPO and Flow-DPO; see the module's docstring."""
 
     paper = "Diffusion Model Alignment Using Direct Preference Optimization, Wallace et al. 2023, arXiv 2311.12908"
     Config = DiffusionDPOConfig
+    metrics = {
+        **SampleAlgorithm.metrics,
+        "implicit_accuracy": "Share of pairs in which the policy improved on the base model more for the winner.",
+        "winner_error": "Squared error on the winners, mean over dimensions; rising: the loss falls on losers alone.",
+        "loser_error": "Squared error on the losers, mean over dimensions.",
+    }
     shared_noise = True
-
-    def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
-        """Refuse runs without pairs."""
-        super().check(sampler, reward, plan)
-        require_group(self.name, plan, "compares")
 
     def adapters(self) -> tuple[str, ...]:
         """Return the base model."""
         return ("reference",)
 
-    def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
-        """Return the samples that are compared; prompts of equal rewards are left out."""
-        units = preference_units(rewards.total, prompts, self.config.pairs, self.config.margin)
-        return Prepared({"reward": rewards.total}, units)
-
     def beta_at(self, point: Point) -> float:
         """Return beta at a noise level: constant, or times (1 - t)^2 on flow models."""
-        beta = BETA[point.space] if self.config.beta is None else self.config.beta
+        beta = beta_of(self.config.beta, point)
         derived = self.config.schedule == "derived" and point.space == "velocity"
         return beta * (1 - point.level.sigma) ** 2 if derived else beta
 
     def point_loss(self, point: Point, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the losses ``(P,)`` of the pairs."""
-        pairs = pairs_of(batch.values["reward"], batch.units, self.config.margin)
+        pairs = self.pairs(batch)
         error = point.error()
         delta = error - point.error("reference")
         winner, loser = delta[pairs.winners], delta[pairs.losers]

@@ -13,8 +13,10 @@ pulls back.
 
 Which variant this is. KL and log-probs are means over dimensions, and the KL is the exact one between the step's
 Gaussians; the authors' published code was read except for the file of its KL, which is likely a squared difference of
-noise predictions. V is a running mean of the prompt's rewards (the paper's value network sees x_t as well) or is left
-out. On flow models the same loss runs on the SDE's Gaussians.
+noise predictions. V is a running mean of the prompt's rewards (``baseline: prompt``), that mean corrected by a network
+that sees x_t, t and the prompt, fitted by squared error after each epoch (``value``, after the paper; a small network
+of our own on averaged latents, one per process), or is left out. On flow models the same loss runs on the SDE's
+Gaussians.
 """
 
 from __future__ import annotations
@@ -28,13 +30,25 @@ from pydantic import Field
 from torch import Tensor
 
 from difftune.advantage import groups_of
-from difftune.algorithm import AlgorithmConfig, Prepared, TransitionAlgorithm, algorithm, ratio_stats
+from difftune.algorithm import (
+    RATIO_METRICS,
+    Batch,
+    Context,
+    Prepared,
+    TransitionAlgorithm,
+    TransitionConfig,
+    add_kl,
+    algorithm,
+    ratio_stats,
+)
+from difftune.algorithms._value import ValueNet, features
+from difftune.policy import Policy
 from difftune.sampler import StepView
 from difftune.transition import Gaussian
 from difftune.types import RewardOutput
 
 
-class DPOKConfig(AlgorithmConfig):
+class DPOKConfig(TransitionConfig):
     """DPOK's settings; defaults are those of the authors' code for a single prompt."""
 
     lr: float = Field(1e-5, gt=0, description="Learning rate of AdamW (the authors', with a LoRA of rank 4).")
@@ -44,13 +58,15 @@ class DPOKConfig(AlgorithmConfig):
     kl_weight: float = Field(
         0.01, ge=0, description="w_kl of the per-step KL, mean over dimensions (the authors': 0.01; many prompts 0.1)."
     )
-    baseline: Literal["prompt", "none"] = Field(
-        "prompt", description="V: the mean of the prompt's latest rewards, or none (the plain form of the paper)."
+    baseline: Literal["prompt", "value", "none"] = Field(
+        "prompt",
+        description="V: the mean of the prompt's latest rewards, that mean corrected by a value network, or none.",
     )
-    baseline_buffer: int = Field(64, ge=2, description="Rewards remembered per prompt (baseline: prompt).")
-    timestep_fraction: float = Field(
-        1.0, gt=0, le=1, description="Share of the noisy steps trained per update, drawn at random."
-    )
+    baseline_buffer: int = Field(64, ge=2, description="Rewards remembered per prompt (baseline: prompt and value).")
+    value_lr: float = Field(1e-4, gt=0, description="Learning rate of the value network (the authors').")
+    value_batch: int = Field(256, ge=1, description="Steps of samples per update of the value network (the authors').")
+    value_steps: int = Field(5, ge=1, description="Updates of the value network per epoch (the authors').")
+    value_buffer: int = Field(10_000, ge=1, description="Steps of samples that the value network remembers.")
 
 
 def clamped_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
@@ -65,10 +81,16 @@ class DPOK(TransitionAlgorithm):
 
     paper = "DPOK: RL for Fine-tuning Text-to-Image Diffusion Models, Fan et al. 2023, arXiv 2305.16381"
     Config = DPOKConfig
+    metrics = {
+        **TransitionAlgorithm.metrics,
+        **RATIO_METRICS,
+        "value_error": "Squared error of the value network (with `baseline: value`).",
+    }
 
     def __init__(self, config: DPOKConfig) -> None:
         super().__init__(config)
         self._seen: dict[str, deque[float]] = {}
+        self._value = ValueNet(config.value_lr, config.value_buffer) if config.baseline == "value" else None
 
     def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
         """Return ``advantage`` ``(B,)``: rewards less the baseline, not standardised."""
@@ -84,13 +106,27 @@ class DPOK(TransitionAlgorithm):
             advantage[group] = (total[group].double() - mean).float()
         return Prepared({"advantage": advantage})
 
-    def timestep_fraction(self) -> float:
-        """Return the configured share."""
-        return self.config.timestep_fraction
+    def accumulate(self, batch: Batch, context: Context) -> dict[str, float]:
+        """Replay the chosen steps; with a value network, their advantages are measured from it."""
+        trajectory, value = batch.trajectory, self._value
+        if value is None:
+            return super().accumulate(batch, context)
+        assert trajectory is not None
+        advantage = batch.values["advantage"]
 
-    def needs_reference(self) -> bool:
-        """Return whether the KL term is on."""
-        return self.config.kl_weight > 0
+        def loss_of(view: StepView, reference: Gaussian | None) -> tuple[Tensor, dict[str, Tensor]]:
+            rows = features(trajectory.states[:, view.index], context.sampler.level(view.timestep).sigma, batch.prompts)
+            value.remember(rows, advantage)
+            predicted = value(rows).to(advantage)
+            loss, stats = self.step_loss(view, {"advantage": advantage - predicted}, reference)
+            return loss, {**stats, "value_error": (advantage - predicted).square()}
+
+        return self.train_steps(batch, context, loss_of)
+
+    def after_epoch(self, policy: Policy, step: int) -> None:
+        """Fit the value network to the epoch's rewards."""
+        if self._value is not None:
+            self._value.fit(self.config.value_steps, self.config.value_batch)
 
     def step_loss(
         self, view: StepView, values: Mapping[str, Tensor], reference: Gaussian | None
@@ -99,18 +135,16 @@ class DPOK(TransitionAlgorithm):
         advantage = values["advantage"].to(view.log_prob.device)
         surrogate = clamped_loss(view.log_prob, view.old_log_prob, advantage, self.config.clip_range)
         loss = self.config.reward_weight * surrogate
-        stats = ratio_stats(view, self.config.clip_range)
-        if reference is not None:
-            kl = view.gaussian.kl(reference)
-            loss = loss + self.config.kl_weight * kl
-            stats["kl"] = kl.detach()
-        return loss, stats
+        return add_kl(loss, ratio_stats(view, self.config.clip_range), view, reference, self.config.kl_weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the remembered rewards."""
-        return {"rewards": {prompt: list(values) for prompt, values in self._seen.items()}}
+        """Return the remembered rewards and the value network."""
+        state: dict[str, Any] = {"rewards": {prompt: list(values) for prompt, values in self._seen.items()}}
+        return state if self._value is None else {**state, "value": self._value.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the remembered rewards."""
+        """Restore :meth:`state_dict`."""
         size = self.config.baseline_buffer
         self._seen = {prompt: deque(values, maxlen=size) for prompt, values in state["rewards"].items()}
+        if self._value is not None:
+            self._value.load_state_dict(state["value"])

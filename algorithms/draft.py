@@ -23,7 +23,6 @@ from pydantic import Field
 from torch import Tensor
 
 from difftune.algorithm import Batch, Context, GradientAlgorithm, GradientConfig, Plan, algorithm
-from difftune.algorithms._decode import decode
 from difftune.noise import keyed_noise
 from difftune.reward import Reward
 from difftune.sampler import PointView, Sampler
@@ -75,4 +74,4 @@ class DRaFT(GradientAlgorithm):
         for x_t in points:
             found: list[PointView] = []
             sampler.probe(batch.prompts, [(timestep, x_t)], found.append, keys=batch.keys)
-            yield decode(sampler, found[0].x0, batch.prompts, batch.keys), 1.0 / (count + 1)
+            yield sampler.decode(found[0].x0, batch.prompts, batch.keys), 1.0 / (count + 1)

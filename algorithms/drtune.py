@@ -5,11 +5,12 @@ scheduler's linear recursion alone and never through a Jacobian of the network,
 
 .. math::  x_{k+1} = a_k x_k + b_k\, \epsilon_\theta(\mathrm{sg}(x_k)) + s_k z_k,
 
-and only an evenly spaced subset of K steps is trained: early steps learn without exploding gradients.
+and only an evenly spaced subset of K steps is trained: early steps learn without exploding gradients. Sampling may
+stop early, at a random step m, whose predicted clean sample is decoded and scored: r(x0-hat(x_m), c).
 
 Which variant this is. Read from the paper's abstract and summaries; its numbers were not found, so the defaults are
-our own. The subset begins at a random step, one draw a minibatch. The paper's early stop at an intermediate step is
-left out. On flow models the recursion is Euler's.
+our own, and the early stop is off (``stop_range``). The subset begins at a random step; steps and stop are drawn once a
+minibatch. On flow models the recursion is Euler's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftune.algorithm import Batch, Context, GradientAlgorithm, GradientConfig, algorithm
+from difftune.algorithms._steps import middle_step
 from difftune.policy import Policy
 
 
@@ -30,6 +32,9 @@ class DRTuneConfig(GradientConfig):
     """DRTune's settings."""
 
     trained_steps: int = Field(4, ge=1, description="K, the evenly spaced steps that are trained (our default).")
+    stop_range: tuple[float, float] | None = Field(
+        None, description="Share of the steps that m is drawn from, to stop early; null: all steps are sampled."
+    )
 
 
 def spaced_steps(count: int, steps: int, offset: float) -> list[int]:
@@ -71,7 +76,11 @@ class DRTune(GradientAlgorithm):
         """Yield one draw, differentiated at the chosen steps with their inputs held constant."""
         sampler = context.sampler
         offset = float(torch.rand(1, generator=context.generator))
-        steps = spaced_steps(self.config.trained_steps, sampler.steps, offset)
+        bounds, stop = self.config.stop_range, None
+        if bounds is not None:
+            stop = middle_step(bounds, sampler.steps, context.generator)
+        count = sampler.steps if stop is None else stop + 1
+        steps = spaced_steps(self.config.trained_steps, count, offset)
         with stopped_inputs(context.policy):
-            images = sampler.backprop(batch.prompts, keys=batch.keys, grad_steps=steps)
+            images = sampler.backprop(batch.prompts, keys=batch.keys, grad_steps=steps, stop=stop)
         yield images, 1.0

@@ -14,18 +14,21 @@ The published variants are settings:
 - Flow-GRPO: the defaults, with ``sampler.dynamics: flow_sde`` (``sampler.eta`` 0.7) and 10 steps.
 - Flow-GRPO-Fast, MixGRPO: ``sampler.window`` with the few steps that carry noise; the others are ODE steps. MixGRPO
   also standardises several rewards apart before adding them (``mix: parts``). Its window does not slide here.
-- DanceGRPO (Xue et al. 2025): ``sampler.dynamics: dance_sde`` (eta 0.3), ``global_std: false``, ``kl_weight: 0``,
-  ``timestep_fraction: 0.6``. Its samples of a group share their initial noise; here each has its own.
+- DanceGRPO (Xue et al. 2025): ``sampler.dynamics: dance_sde`` (eta 0.3), ``sampler.initial_noise: prompt``,
+  ``global_std: false``, ``kl_weight: 0``, ``timestep_fraction: 0.6``.
 - CPS (Wang & Yu 2025): ``sampler.dynamics: cps``.
-- GRPO-Guard (Wang et al. 2025): ``ratio: guard``, log-ratios freed of their bias and of the step's noise level,
+- GRPO-Guard (Wang et al. 2025, arXiv 2510.22319): ``ratio: guard``, log-ratios freed of their bias and of the step's
+  noise level, and each step's policy loss divided by the time it takes,
 
-.. math::  \log \tilde w_t = S_t \Big(\log w_t + \frac{\lVert\mu_\theta - \mu_{\mathrm{old}}\rVert^2}{2 S_t^2}\Big).
+.. math::  \log \tilde w_t = S_t \Big(\log w_t + \frac{\lVert\mu_\theta - \mu_{\mathrm{old}}\rVert^2}{2 S_t^2}\Big),
+           \qquad L_t = \frac{1}{|\Delta t|}
+           \max\big(-A\,\tilde w_t,\; -A\,\mathrm{clip}(\tilde w_t, 1-\epsilon, 1+\epsilon)\big).
 
 Which unit, and how popular code differs. Log-probs and KLs are means over dimensions, as in their code: the clip range
 belongs to that unit. The KL is the exact one between the step's Gaussians; flow_grpo's code leaves a factor |dt| out of
 the divisor, so its weight 0.04 is 0.04 |dt| = 0.004 here, at its 10 training steps. Standard deviations are the
-population's (DanceGRPO's are the sample's). The guard's formula is from memory of the authors' code, not re-read. On
-noise-prediction models the same loss runs on DDIM's Gaussians.
+population's (DanceGRPO's are the sample's). The guard's formula was read in re-implementations of the authors' code. On
+noise-prediction models the same loss runs on DDIM's Gaussians, and |dt| is the fall of the noise level sigma.
 """
 
 from __future__ import annotations
@@ -39,25 +42,24 @@ from torch import Tensor
 
 from difftune.advantage import normalize_groups
 from difftune.algorithm import (
-    AlgorithmConfig,
+    RATIO_METRICS,
     Batch,
     Context,
-    Plan,
     Prepared,
     TransitionAlgorithm,
+    TransitionConfig,
+    add_kl,
     algorithm,
     importance_sampling_loss,
     ratio_stats,
-    require_group,
 )
 from difftune.noise import keyed_noise
-from difftune.reward import Reward
 from difftune.sampler import Sampler, StepView
 from difftune.transition import Gaussian
-from difftune.types import RewardOutput, UserError
+from difftune.types import RewardOutput, Trajectory, UserError
 
 
-class GRPOConfig(AlgorithmConfig):
+class GRPOConfig(TransitionConfig):
     """GRPO's settings; defaults are Flow-GRPO's (its SD3.5 recipes) unless said otherwise."""
 
     clip_range: float = Field(1e-4, gt=0, description="Clip range of the ratio, in the unit of the mean log-prob.")
@@ -87,17 +89,22 @@ def guarded_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: fl
     return std * (log_ratio + bias)
 
 
+def step_size(sampler: Sampler, trajectory: Trajectory, view: StepView) -> float:
+    """Return |dt| of a step: by how much the noise level sigma falls, which is time itself on flow models."""
+    following = view.index + 1
+    last = following == trajectory.num_steps
+    end = 0.0 if last else sampler.level(float(trajectory.times[following])).sigma
+    return sampler.level(view.timestep).sigma - end
+
+
 @algorithm("grpo")
 class GRPO(TransitionAlgorithm):
     """GRPO; see the module's docstring."""
 
     paper = "Flow-GRPO: Training Flow Matching Models via Online RL, Liu et al. 2025, arXiv 2505.05470"
     Config = GRPOConfig
-
-    def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
-        """Refuse groups of one."""
-        super().check(sampler, reward, plan)
-        require_group(self.name, plan, "standardises rewards")
+    compares = "standardises rewards"
+    metrics = {**TransitionAlgorithm.metrics, **RATIO_METRICS}
 
     def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
         """Return ``advantage`` ``(B,)``, standardised within groups and clipped."""
@@ -114,42 +121,38 @@ class GRPO(TransitionAlgorithm):
             raise UserError("algorithm.mix: parts needs a reward with parts; use a list of rewards, or mix: total")
         return terms
 
-    def timestep_fraction(self) -> float:
-        """Return the configured share."""
-        return self.config.timestep_fraction
-
-    def needs_reference(self) -> bool:
-        """Return whether the KL term is on."""
-        return self.config.kl_weight > 0
-
     def accumulate(self, batch: Batch, context: Context) -> dict[str, float]:
         """Replay the chosen steps, with the old policy's means at hand where the guard needs them."""
         trajectory = batch.trajectory
         assert trajectory is not None
 
         def loss_of(view: StepView, reference: Gaussian | None) -> tuple[Tensor, dict[str, Tensor]]:
-            old_mean = None
-            if self.config.ratio == "guard":
-                # The rollout's sample less the noise it drew: the mean, up to the sample's rounding.
-                noise = keyed_noise(batch.keys, f"step{view.index}", view.mean)
-                old_mean = trajectory.step_out(view.index).to(view.mean) - view.std * noise
-            return self.step_loss(view, batch.values, reference, old_mean)
+            if self.config.ratio == "plain":
+                return self.step_loss(view, batch.values, reference)
+            # The rollout's sample less the noise it drew: the mean, up to the sample's rounding.
+            noise = keyed_noise(batch.keys, f"step{view.index}", view.mean)
+            old_mean = trajectory.step_out(view.index).to(view.mean) - view.std * noise
+            return self.step_loss(view, batch.values, reference, old_mean, step_size(context.sampler, trajectory, view))
 
         return self.train_steps(batch, context, loss_of)
 
     def step_loss(
-        self, view: StepView, values: Mapping[str, Tensor], reference: Gaussian | None, old_mean: Tensor | None = None
+        self,
+        view: StepView,
+        values: Mapping[str, Tensor],
+        reference: Gaussian | None,
+        old_mean: Tensor | None = None,
+        dt: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the step's loss ``(B,)``, its ratio's metrics and its KL to the base model."""
+        """Return the step's loss ``(B,)``, its ratio's metrics and its KL to the base model.
+
+        The guard gives the mean of the policy that sampled, and the step's size.
+        """
         advantage = values["advantage"].to(view.log_prob.device)
         log_ratio = view.log_prob - view.old_log_prob
         if old_mean is not None:
             log_ratio = guarded_log_ratio(log_ratio, view.mean, old_mean, view.std)
-        loss = importance_sampling_loss(log_ratio, torch.zeros_like(log_ratio), advantage, self.config.clip_range)
+        loss = importance_sampling_loss(log_ratio, torch.zeros_like(log_ratio), advantage, self.config.clip_range) / dt
         stats = ratio_stats(view, self.config.clip_range)
         stats["clip_fraction"] = ((log_ratio.detach().exp() - 1).abs() > self.config.clip_range).float()
-        if reference is not None:
-            kl = view.gaussian.kl(reference)
-            loss = loss + self.config.kl_weight * kl
-            stats["kl"] = kl.detach()
-        return loss, stats
+        return add_kl(loss, stats, view, reference, self.config.kl_weight)

@@ -28,20 +28,8 @@ from pydantic import Field
 from torch import Tensor
 
 from difftune.advantage import groups_of, normalize_groups
-from difftune.algorithm import (
-    Batch,
-    Plan,
-    Point,
-    Prepared,
-    SampleAlgorithm,
-    SampleConfig,
-    algorithm,
-    require_group,
-    squared_error,
-)
+from difftune.algorithm import Batch, Point, Prepared, SampleAlgorithm, SampleConfig, algorithm, squared_error
 from difftune.policy import Policy
-from difftune.reward import Reward
-from difftune.sampler import Sampler
 from difftune.types import RewardOutput
 
 
@@ -87,12 +75,13 @@ class NFT(SampleAlgorithm):
 
     paper = "DiffusionNFT: Online Diffusion Reinforcement with Forward Process, Zheng et al. 2025"
     Config = NFTConfig
+    compares = "standardises rewards"
+    metrics = {
+        **SampleAlgorithm.metrics,
+        "old_distance": "Mean squared distance of the policy's prediction to the old policy's.",
+        "reference_distance": "Mean squared distance to the base model's prediction (with `kl_weight` above 0).",
+    }
     behaviour = "old"
-
-    def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
-        """Refuse groups of one."""
-        super().check(sampler, reward, plan)
-        require_group(self.name, plan, "standardises rewards")
 
     def setup(self, policy: Policy) -> None:
         """Begin with the old policy at the current weights."""

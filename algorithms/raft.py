@@ -22,16 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftune.advantage import best_of_groups, groups_of
-from difftune.algorithm import (
-    Batch,
-    Plan,
-    Point,
-    Prepared,
-    SampleAlgorithm,
-    SampleConfig,
-    algorithm,
-    require_group,
-)
+from difftune.algorithm import Batch, Plan, Point, Prepared, SampleAlgorithm, SampleConfig, algorithm
 from difftune.reward import Reward
 from difftune.sampler import Sampler
 from difftune.types import RewardOutput, UserError
@@ -54,11 +45,16 @@ class RAFT(SampleAlgorithm):
 
     paper = "RAFT: Reward rAnked FineTuning, Dong et al. 2023, arXiv 2304.06767"
     Config = RAFTConfig
+    compares = "chooses the best"
+    metrics = {
+        **SampleAlgorithm.metrics,
+        "error": "Squared error on the kept samples, mean over dimensions: the loss itself.",
+        "kept_reward": "Mean reward of the kept samples.",
+    }
 
     def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
         """Refuse runs in which there is nothing to choose from."""
         super().check(sampler, reward, plan)
-        require_group(self.name, plan, "chooses the best")
         if self.config.keep >= plan.samples_per_prompt:
             raise UserError(
                 f"algorithm.keep: got {self.config.keep}, expected fewer than the {plan.samples_per_prompt} samples "

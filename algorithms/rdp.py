@@ -19,8 +19,11 @@ and from them the derivative of the loss by each; the second replays the steps a
 Which unit and which variant. ``reduce: mean`` averages log-ratios over dimensions and steps, as the paper's listing
 does over steps; beta and epsilon are the paper's and belong to it. ``reduce: sum`` is the formula itself; the same loss
 has beta / (T d) there. Ties are dropped, as in the listing; here a prompt whose rewards are all equal is left out,
-where the listing's mean of nothing is NaN. The initial noise is part of a trajectory that no policy controls: samples
-do not share it here, which leaves the loss a floor but its optimum in place. No code of the authors is public.
+where the listing's mean of nothing is NaN. The initial noise is part of a trajectory that no policy controls: unless
+the samples of a prompt share it (``sampler.initial_noise: prompt``) it leaves the loss a floor, but its optimum in
+place. No code of the authors is public. ``reference: rollout`` with ``clip_range: null`` measures r-hat from the policy
+that sampled: that is REBEL, an option of RLCM's code, with beta its eta. On flow models the same loss runs on the SDE's
+Gaussians.
 """
 
 from __future__ import annotations
@@ -38,14 +41,11 @@ from difftune.algorithm import (
     AlgorithmConfig,
     Batch,
     Context,
-    Plan,
     Prepared,
     algorithm,
     require_finite_loss,
-    require_group,
 )
-from difftune.reward import Reward
-from difftune.sampler import Sampler, StepView
+from difftune.sampler import StepView
 from difftune.types import RewardOutput, Trajectory
 
 
@@ -59,6 +59,9 @@ class RDPConfig(AlgorithmConfig):
     )
     reduce: Literal["mean", "sum"] = Field(
         "mean", description="Log-ratios averaged over dimensions and steps, or summed over both (the density)."
+    )
+    reference: Literal["base", "rollout"] = Field(
+        "base", description="What log-ratios are to: the base model (PRDP), or the policy that sampled (REBEL)."
     )
     ties: Literal["drop", "keep"] = Field(
         "drop", description="Pairs of equal rewards: left out (the paper's listing) or regressed to 0 (its formula)."
@@ -90,11 +93,12 @@ class RDP(Algorithm):
     evidence = "transitions"
     paper = "PRDP: Proximal Reward Difference Prediction for Reward Finetuning, Deng et al. 2024, arXiv 2402.08714"
     Config = RDPConfig
-
-    def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
-        """Refuse runs without pairs."""
-        super().check(sampler, reward, plan)
-        require_group(self.name, plan, "compares")
+    compares = "compares"
+    metrics = {
+        "loss": "Squared error of the predicted reward differences, in the unit of (r / beta)^2, mean over pairs.",
+        "explained": "Median over pairs of predicted by actual reward difference: 0 at the base model, at best 1.",
+        "log_ratio_old": "Mean absolute log-ratio of a step to the policy that sampled, in the unit of `reduce`.",
+    }
 
     def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
         """Return the groups of the prompts; those of equal rewards are left out unless ties are kept."""
@@ -108,11 +112,12 @@ class RDP(Algorithm):
         assert trajectory is not None
         config = self.config
         current = self._log_probs(trajectory, context)
-        with context.policy.reference():
-            base = self._log_probs(trajectory, context)
         steps = trajectory.stochastic_steps
         scale = trajectory.dims if config.reduce == "sum" else 1.0 / len(steps)
-        old = trajectory.log_probs[:, steps].double().cpu()
+        base = old = trajectory.log_probs[:, steps].double().cpu()
+        if config.reference == "base":
+            with context.policy.reference():
+                base = self._log_probs(trajectory, context)
         # Sums of thousands of differences: in double precision, where theta = old is exactly that.
         log_probs = current.requires_grad_()
         rewards = batch.values["reward"].double().cpu()

@@ -5,7 +5,8 @@ Sample without gradients to a random late step m, predict the clean sample there
 .. math::  L = \lambda\,\max\big(0,\; 2 - r(\hat x_0(x_m), c)\big), \qquad
            \frac{\partial \hat x_0}{\partial \hat\epsilon} = -\frac{\sigma_m}{\alpha_m}.
 
-No gradient reaches earlier steps, and none at all flows once the (standardised) reward is 2.
+No gradient reaches earlier steps, none at all flows once the (standardised) reward is 2, and later steps are not
+sampled.
 
 Which variant this is. The authors' code draws m from 30 ... 39 of 40 steps and does not use guidance
 (``sampler.guidance_scale: 1``); one m serves a minibatch here. The paper's additional denoising loss on its
@@ -18,14 +19,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from difftune.algorithm import Batch, Context, GradientAlgorithm, GradientConfig, algorithm
-from difftune.algorithms._decode import decode
-from difftune.sampler import PointView
-from difftune.transition import working
+from difftune.algorithms._steps import middle_step
 
 
 class ReFLConfig(GradientConfig):
@@ -42,13 +40,6 @@ class ReFLConfig(GradientConfig):
     )
 
 
-def middle_step(bounds: tuple[float, float], steps: int, generator: torch.Generator) -> int:
-    """Return m, drawn evenly from the steps within ``bounds``."""
-    low = min(int(bounds[0] * steps), steps - 1)
-    high = max(min(round(bounds[1] * steps), steps), low + 1)
-    return int(torch.randint(low, high, (1,), generator=generator))
-
-
 @algorithm("refl")
 class ReFL(GradientAlgorithm):
     """ReFL; see the module's docstring."""
@@ -59,9 +50,5 @@ class ReFL(GradientAlgorithm):
     def draws(self, batch: Batch, context: Context) -> Iterator[tuple[Tensor, float]]:
         """Yield the picture predicted at a random late step."""
         sampler = context.sampler
-        trajectory = sampler.rollout(batch.prompts, keys=batch.keys, decode=False)
-        index = middle_step(self.config.step_range, trajectory.num_steps, context.generator)
-        point = (float(trajectory.times[index]), working(trajectory.states[:, index]))
-        found: list[PointView] = []
-        sampler.probe(batch.prompts, [point], found.append, keys=batch.keys)
-        yield decode(sampler, found[0].x0, batch.prompts, batch.keys), 1.0
+        m = middle_step(self.config.step_range, sampler.steps, context.generator)
+        yield sampler.backprop(batch.prompts, keys=batch.keys, grad_steps=[m], stop=m), 1.0

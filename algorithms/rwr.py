@@ -58,6 +58,11 @@ class RWR(SampleAlgorithm):
 
     paper = "Training Diffusion Models with Reinforcement Learning (RWR baseline), Black et al. 2023, arXiv 2305.13301"
     Config = RWRConfig
+    metrics = {
+        **SampleAlgorithm.metrics,
+        "error": "Squared error before it is weighted, mean over dimensions.",
+        "weight": "Mean weight of the samples that are trained on.",
+    }
 
     def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
         """Return ``weight`` ``(B,)``; samples of weight 0 are left out."""

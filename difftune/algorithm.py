@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from difftune.noise import keyed_noise
+from difftune.prompts import Prompt
 from difftune.registry import Registry
 from difftune.transition import Gaussian, Level, add_noise, working
 from difftune.types import NonFiniteError, RewardOutput, SampleKey, Trajectory, UserError
@@ -149,15 +150,23 @@ class Algorithm(ABC):
     Attributes:
         name: the registered name.
         evidence: what it needs of the sampler.
+        needs_gradient: whether the reward must be differentiable.
+        compares: what it does within a prompt's samples ("compares"), if it needs several of them; else empty.
+        draws_rest: with labelled pictures (:meth:`examples`), whether what is missing of a prompt's samples is drawn.
         paper: title, authors, year and identifier of the source.
         Config: its settings.
+        metrics: name to meaning of what :meth:`accumulate` returns.
         behaviour: the adapter that draws the rollouts; ``default`` is the one that is trained.
     """
 
     name: ClassVar[str] = "unnamed"
     evidence: ClassVar[Evidence]
+    needs_gradient: ClassVar[bool] = False
+    compares: ClassVar[str] = ""
+    draws_rest: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    metrics: ClassVar[Mapping[str, str]] = {}
     behaviour: ClassVar[str] = "default"
 
     def __init__(self, config: AlgorithmConfig) -> None:
@@ -174,17 +183,34 @@ class Algorithm(ABC):
                 f"algorithm {self.name!r} needs the log-probs of noisy steps, but the sampler is deterministic "
                 f"(dynamics={sampler.dynamics}, eta={sampler.eta:g}); set sampler.eta above 0"
             )
-        if self.evidence == "gradient" and not reward.differentiable:
+        if self.needs_gradient and not reward.differentiable:
             raise UserError(
                 f"algorithm {self.name!r} needs a reward with gradients, and {reward.name!r} has none; choose a "
                 "differentiable reward (difftune list rewards) or a policy-gradient algorithm"
             )
+        examples = self.examples()
+        if examples is not None:
+            require_pictures(self, examples, plan)
+        elif self.compares:
+            require_group(self.name, plan, self.compares)
+
+    def examples(self) -> Sequence[Prompt] | None:
+        """Return labelled pictures to train on in place of rollouts, or ``None`` to draw.
+
+        Each prompt's metadata has ``images`` and ``labels``: see :func:`~difftune.preferences.load_preferences`.
+        """
+        return None
 
     def setup(self, policy: Policy) -> None:  # noqa: B027
         """Called once before the first epoch: store adapters, for example."""
 
     def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
-        """Turn an epoch's rewards ``(B,)`` into per-sample values; no gradients."""
+        """Turn an epoch's rewards ``(B,)`` into per-sample values; no gradients.
+
+        Args:
+            prompts: ``B`` prompts; equal ones form a group. With labelled pictures these are the examples' names.
+            rewards: their rewards, or the pictures' labels.
+        """
         return Prepared({})
 
     @abstractmethod
@@ -205,14 +231,25 @@ class Algorithm(ABC):
         """Restore :meth:`state_dict`."""
 
 
+class TransitionConfig(AlgorithmConfig):
+    """Settings of the algorithms that replay steps."""
+
+    timestep_fraction: float = Field(
+        1.0, gt=0, le=1, description="Share of the noisy steps trained per update, drawn at random."
+    )
+
+
 class TransitionAlgorithm(Algorithm):
     """An algorithm whose loss is a mean over samples and replayed steps; subclasses give :meth:`step_loss`.
 
     Losses are averaged over the chosen steps and over samples (not summed): the learning rate does not depend on how
-    many steps are trained.
+    many steps are trained. A configuration without ``timestep_fraction`` trains all noisy steps; one with a
+    ``kl_weight`` above 0 is handed the base model's transitions.
     """
 
     evidence: ClassVar[Evidence] = "transitions"
+    Config: ClassVar[type[AlgorithmConfig]] = TransitionConfig
+    metrics: ClassVar[Mapping[str, str]] = {"loss": "The loss, mean over samples and trained steps."}
 
     def step_loss(
         self, view: StepView, values: Mapping[str, Tensor], reference: Gaussian | None
@@ -223,13 +260,9 @@ class TransitionAlgorithm(Algorithm):
         """
         raise NotImplementedError
 
-    def timestep_fraction(self) -> float:
-        """Return the share of the stochastic steps that a micro-batch trains."""
-        return 1.0
-
     def needs_reference(self) -> bool:
-        """Whether :meth:`step_loss` wants the reference policy's transition."""
-        return False
+        """Whether :meth:`step_loss` wants the base model's transition."""
+        return getattr(self.config, "kl_weight", 0) > 0
 
     def accumulate(self, batch: Batch, context: Context) -> dict[str, float]:
         """Replay the chosen steps, and run backward at each as soon as its loss is known."""
@@ -244,7 +277,7 @@ class TransitionAlgorithm(Algorithm):
         """Replay the chosen steps; ``loss_of`` gives each one's losses ``(N,)``, whose mean is trained on."""
         trajectory = batch.trajectory
         assert trajectory is not None
-        steps = context.choose_steps(trajectory, self.timestep_fraction())
+        steps = context.choose_steps(trajectory, getattr(self.config, "timestep_fraction", 1.0))
         reference: Mapping[int, Gaussian] = {}
         if self.needs_reference():
             with context.policy.reference():
@@ -266,6 +299,26 @@ def importance_sampling_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: 
     ratio = torch.exp(log_prob - old_log_prob)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped)
+
+
+#: What :func:`ratio_stats` and :func:`add_kl` report.
+RATIO_METRICS: Mapping[str, str] = {
+    "ratio": "Ratio to the policy that sampled, of mean log-probs; 1 in the first update of an epoch.",
+    "clip_fraction": "Share of samples and steps whose ratio is outside the clip range.",
+    "log_prob": "Log-prob of the stored steps, mean over dimensions.",
+    "kl_old": "KL to the policy that sampled, to second order, summed over dimensions.",
+    "kl": "KL of the steps to the base model, mean over dimensions (with `kl_weight` above 0).",
+}
+
+
+def add_kl(
+    loss: Tensor, stats: dict[str, Tensor], view: StepView, reference: Gaussian | None, weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add ``weight`` times the exact KL ``(B,)`` of the step's Gaussian to the base model's, mean over dimensions."""
+    if reference is None:
+        return loss, stats
+    kl = view.gaussian.kl(reference)
+    return loss + weight * kl, {**stats, "kl": kl.detach()}
 
 
 def ratio_stats(view: StepView, clip_range: float) -> dict[str, Tensor]:
@@ -292,6 +345,27 @@ def require_group(name: str, plan: Plan, why: str) -> None:
             f"algorithm {name!r} {why} within a prompt's samples, and samples_per_prompt is "
             f"{plan.samples_per_prompt}; set train.samples_per_prompt to 2 or more"
         )
+
+
+def require_pictures(algorithm: Algorithm, examples: Sequence[Prompt], plan: Plan) -> None:
+    """Refuse labelled pictures that are not as many per prompt as the run has samples.
+
+    Raises:
+        UserError: naming the number that fits.
+    """
+    counts = sorted({len(example.metadata["images"]) for example in examples})
+    if len(counts) > 1:
+        raise UserError(
+            f"algorithm.data: the file has from {counts[0]} to {counts[-1]} pictures a line, expected the same "
+            "number in every line; split it into one file for each"
+        )
+    if counts[0] == plan.samples_per_prompt or (algorithm.draws_rest and counts[0] < plan.samples_per_prompt):
+        return
+    wanted = counts[0] + (1 if algorithm.draws_rest else 0)
+    raise UserError(
+        f"algorithm.data: the file has {counts[0]} pictures a line, and samples_per_prompt is "
+        f"{plan.samples_per_prompt}; set train.samples_per_prompt to {wanted}"
+    )
 
 
 # -- samples -----------------------------------------------------------------------------------------------------
@@ -406,6 +480,7 @@ class SampleAlgorithm(Algorithm):
 
     evidence: ClassVar[Evidence] = "samples"
     Config: ClassVar[type[AlgorithmConfig]] = SampleConfig
+    metrics: ClassVar[Mapping[str, str]] = {"loss": "The loss, mean over samples (or pairs) and noise levels."}
     shared_noise: ClassVar[bool] = False
 
     @abstractmethod
@@ -498,7 +573,9 @@ class GradientAlgorithm(Algorithm):
     """
 
     evidence: ClassVar[Evidence] = "gradient"
+    needs_gradient: ClassVar[bool] = True
     Config: ClassVar[type[AlgorithmConfig]] = GradientConfig
+    metrics: ClassVar[Mapping[str, str]] = {"loss": "The loss of the rewards, mean over samples and draws."}
 
     @abstractmethod
     def draws(self, batch: Batch, context: Context) -> Iterator[tuple[Tensor, float]]:

@@ -218,17 +218,22 @@ def _named(spec: str | Path) -> list[Prompt]:
 
 def _read_file(path: Path) -> list[Prompt]:
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
-    return readers[path.suffix.lower()](path, _read_text(path))
+    return readers[path.suffix.lower()](path, read_text(path))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, what: str = "prompt file") -> str:
+    """Return the text of a UTF-8 file of at most 64 MiB.
+
+    Raises:
+        UserError: the file cannot be read, is too large or is not UTF-8; ``what`` says what it was to be.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UserError(f"prompt file {str(path)!r} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{what} {str(path)!r} cannot be read: {error.strerror or error}") from None
     if len(data) > MAX_BYTES:
-        raise UserError(f"prompt file {str(path)!r} is larger than {MAX_BYTES // 2**20} MiB: split it")
+        raise UserError(f"{what} {str(path)!r} is larger than {MAX_BYTES // 2**20} MiB: split it")
     try:
         # utf-8-sig: spreadsheets put a byte order mark in front.
         return data.decode("utf-8-sig")

@@ -33,12 +33,16 @@ BARE: dict[str, dict[str, Any]] = {
 LEARN: dict[str, dict[str, Any]] = {
     "rwr": {"beta": 5.0, "lr": 0.1},
     "raft": {"keep": 4, "lr": 0.1},
+    "seppo": {"timesteps": 16, "checkpoint_every": 2},
     "adjoint_matching": {"reward_scale": 10_000.0},
 }
 
 #: Methods that move without a difference in rewards: supervised fine-tuning on equal weights, a pull to the base model.
 RESTLESS = {"rwr", "adjoint_matching"}
 PROMPTS = ["a red cat", "two dog"]
+
+#: What the trainer adds to every record.
+EVERYONES = {"grad_norm", "samples_per_second", "denoiser_calls"}
 
 
 def noise_for(name: str, kind: str) -> float:
@@ -87,6 +91,7 @@ def test_it_says_what_it_is(name: str) -> None:
     assert issubclass(cls, Algorithm) and cls.evidence in ("transitions", "samples", "gradient")
     assert cls.paper and ".. math::" in (module.__doc__ or ""), "the paper's equation belongs in the module's docstring"
     assert issubclass(cls.Config, AlgorithmConfig)
+    assert cls.metrics and all(cls.metrics.values())
     for field, info in cls.Config.model_fields.items():
         assert info.description, f"{name}.{field} has no description"
     assert len(inspect.getsource(module).splitlines()) < 300
@@ -100,6 +105,8 @@ def test_an_update_is_finite_and_moves_the_adapter_only(name: str, kind: str) ->
     before = values(trainer)
     metrics = next(iter(trainer))
     assert all(isinstance(v, float) and v == v and abs(v) != float("inf") for v in metrics.values.values())
+    told = trainer.algorithm.metrics.keys()
+    assert {n for n in metrics.values if "/" not in n} - EVERYONES <= told, "a metric without a meaning"
     assert not torch.equal(before, values(trainer))
     after = {n: p for m in pipe.components.values() if isinstance(m, torch.nn.Module) for n, p in m.named_parameters()}
     assert all(torch.equal(value, after[n]) for n, value in frozen.items())

@@ -36,6 +36,7 @@ ORDER: list[list[str]] = [
     ["algorithm", "reward"],
     ["advantage", "noise"],
     ["transition"],
+    ["preferences"],
     ["prompts", "window"],
     ["types"],
     ["registry"],

@@ -151,10 +151,10 @@ def inputs_not_stopped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(drtune, "_detached", lambda value: value)
 
 
-def target_of_the_noisy_sample(patch: pytest.MonkeyPatch) -> None:
-    """ReFL scores x_t where it should score the prediction."""
-    original = refl.decode
-    patch.setattr(refl, "decode", lambda sampler, x0, prompts, keys: original(sampler, 2 * x0, prompts, keys))
+def one_step_early(patch: pytest.MonkeyPatch) -> None:
+    """ReFL predicts one step before the one it drew."""
+    original = refl.middle_step
+    patch.setattr(refl, "middle_step", lambda bounds, steps, generator: original(bounds, steps, generator) - 1)
 
 
 def adjoint_of_the_tuned_model(patch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ CASES: list[tuple[Plant, Check]] = [
     (winners_and_losers_swapped, lambda: test_preferences.test_d3pos_gradient_ends_at_the_clamp(0.0, -0.05)),
     (inputs_not_stopped,
      lambda: test_reward_gradient.test_stopped_inputs_leave_the_schedulers_linear_terms("diffusion")),
-    (target_of_the_noisy_sample, test_reward_gradient.test_refls_gradient_is_its_formula),
+    (one_step_early, test_reward_gradient.test_refls_gradient_is_its_formula),
 ]  # fmt: skip
 
 
