@@ -1,4 +1,4 @@
-"""Plain statistics of the pixels: brightness, contrast, colourfulness, edges, sharpness.
+"""Plain statistics of the pixels: brightness, contrast, saturation, colourfulness, edges, sharpness.
 
 Differentiable, without weights, and understood at a glance: for first experiments, for terms that keep another reward
 from drifting (people's preferences are known to favour bright and colourful pictures), and as monitors of such a drift.
@@ -58,6 +58,18 @@ class Contrast(_Statistic):
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Return ``(B,)`` deviations."""
         return _root(luma(images).flatten(1).var(1, correction=0))
+
+
+@reward("saturation")
+class Saturation(_Statistic):
+    """Mean distance of the largest to the smallest of a pixel's red, green and blue (HSV's chroma)."""
+
+    range = "[0, 1]"
+
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Return ``(B,)`` means."""
+        pixels = images.float().clamp(0, 1)
+        return (pixels.amax(1) - pixels.amin(1)).mean((1, 2))
 
 
 @reward("colourfulness")

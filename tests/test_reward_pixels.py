@@ -50,6 +50,7 @@ def test_statistics_of_known_pictures() -> None:
     assert scored("brightness", torch.cat([flat(0, 0, 0), flat(1, 1, 1), flat(0, 1, 0), half])) == pytest.approx(
         [0, 1, 0.7152, 0.5]
     )
+    assert scored("saturation", torch.cat([flat(0.3, 0.3, 0.3), flat(1, 0.25, 0.5)])) == pytest.approx([0, 0.75])
     assert scored("contrast", torch.cat([flat(0.3, 0.3, 0.3), half])) == pytest.approx([0, 0.5], abs=1e-4)
     assert scored("colour", torch.cat([flat(1, 0, 0), flat(0, 0, 0)]), rgb=[1.0, 0.0, 0.0]) == pytest.approx(
         [0, -1], abs=2e-4
