@@ -127,15 +127,18 @@ class Reward(ABC):
             metadata: ``B`` mappings, or ``None``.
 
         Raises:
-            ValueError: images or scores have the wrong shape, range or type; the message names the scorer.
-            UserError: metadata that the scorer needs is missing.
+            UserError: images or scores have the wrong shape, range or type, or metadata that the scorer needs is
+                missing; the message names the scorer.
             NonFiniteError: a score is NaN or infinite; the message names scorer, sample and prompt.
         """
         prompts = list(prompts)
         _check_images(self.name, images, len(prompts))
         extra = [{}] * len(prompts) if metadata is None else list(metadata)
         if len(extra) != len(prompts):
-            raise ValueError(f"reward {self.name!r}: {len(extra)} metadata records for {len(prompts)} prompts")
+            raise UserError(
+                f"reward {self.name!r}: got {len(extra)} metadata records for {len(prompts)} prompts, expected one "
+                "each; give a mapping per prompt, an empty one where there is none"
+            )
         self.check_metadata(prompts, extra)
         with contextlib.nullcontext() if self.differentiable else torch.no_grad():
             pictures = images if self.differentiable else images.detach()
@@ -148,7 +151,9 @@ class Reward(ABC):
     ) -> RewardOutput:
         """Score frame after frame, each with the same frame of the other samples, and average."""
         if images.shape[1] == 0:
-            raise ValueError(f"reward {self.name!r} got images {tuple(images.shape)}: videos without frames")
+            raise UserError(
+                f"reward {self.name!r} got images {tuple(images.shape)}: videos without frames, expected at least one"
+            )
         return mean_output(
             [checked_output(self.name, self.score(frame, prompts, metadata), prompts) for frame in images.unbind(1)]
         )
@@ -157,19 +162,20 @@ class Reward(ABC):
 def _check_images(name: str, images: Tensor, batch: int) -> None:
     if not isinstance(images, Tensor) or images.ndim not in (4, 5) or images.shape[-3] != 3:
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(
-            f"reward {name!r} got images {got}, expected a tensor (B, 3, H, W) or, for video, (B, F, 3, H, W)"
+        raise UserError(
+            f"reward {name!r} got images {got}, expected a tensor (B, 3, H, W) or, for video, (B, F, 3, H, W); "
+            "permute or convert them first"
         )
     if not images.is_floating_point():
-        raise ValueError(f"reward {name!r} got {images.dtype} images, expected floats in [0, 1]: divide by 255")
+        raise UserError(f"reward {name!r} got {images.dtype} images, expected floats in [0, 1]: divide by 255")
     if len(images) != batch:
-        raise ValueError(f"reward {name!r} got {len(images)} images for {batch} prompts")
+        raise UserError(f"reward {name!r} got {len(images)} images for {batch} prompts, expected a prompt per image")
     if images.numel() == 0:
         return
     low, high = torch.aminmax(images.detach())
     if not (low >= -1e-3 and high <= 1 + 1e-3):
-        raise ValueError(
-            f"reward {name!r} got images in [{float(low):.3g}, {float(high):.3g}], expected [0, 1]"
+        raise UserError(
+            f"reward {name!r} got images in [{float(low):.3g}, {float(high):.3g}], expected [0, 1]; rescale them first"
         )
 
 
@@ -197,18 +203,22 @@ def checked_output(name: str, scores: Scores, prompts: Sequence[str]) -> RewardO
 
     Integers and bf16 become fp32; a mapping of parts gets the mean of its parts as the total. Tuples are refused:
     two scores for two samples cannot be told from a pair (reward, metadata).
+
+    Raises:
+        UserError: the scorer, which is often the user's own, returned something else than a score per sample.
+        NonFiniteError: a score is NaN or infinite.
     """
     if isinstance(scores, RewardOutput):
         total, parts, uncertainty = scores.total, dict(scores.parts), scores.uncertainty
     elif isinstance(scores, Mapping):
         if not scores:
-            raise ValueError(f"reward {name!r} returned no parts, expected at least one named (B,) score")
+            raise UserError(f"reward {name!r} returned no parts, expected at least one named (B,) score; return one")
         parts = {key: _as_scores(f"{name}/{key}", value, prompts) for key, value in scores.items()}
         total, uncertainty = torch.stack(list(parts.values())).mean(0), None
     elif isinstance(scores, tuple):
-        raise ValueError(
+        raise UserError(
             f"reward {name!r} returned a tuple of {len(scores)}, expected a tensor of {len(prompts)} scores, "
-            "a dict of named parts or a RewardOutput"
+            "a dict of named parts or a RewardOutput; return the scores alone"
         )
     else:
         total, parts, uncertainty = _as_scores(name, scores, prompts), {}, None
@@ -223,15 +233,18 @@ def _as_scores(name: str, value: Any, prompts: Sequence[str]) -> Tensor:
     try:
         scores = value if isinstance(value, Tensor) else torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"reward {name!r} returned {type(value).__name__}, expected {len(prompts)} numbers ({error})"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"reward {name!r} returned {type(value).__name__}, expected {len(prompts)} numbers ({reason}); return a "
+            "tensor or a list of them"
         ) from None
     if scores.shape != (len(prompts),):
-        raise ValueError(
-            f"reward {name!r} returned shape {tuple(scores.shape)}, expected ({len(prompts)},): one score per sample"
+        raise UserError(
+            f"reward {name!r} returned shape {tuple(scores.shape)}, expected ({len(prompts)},): one score per sample; "
+            "reduce every other dimension, e.g. images.mean((1, 2, 3))"
         )
     if scores.is_complex():
-        raise ValueError(f"reward {name!r} returned {scores.dtype}, expected real numbers")
+        raise UserError(f"reward {name!r} returned {scores.dtype}, expected real numbers; return the real part")
     scores = scores.float()
     finite = torch.isfinite(scores.detach())
     if not finite.all():

@@ -129,7 +129,13 @@ def test_train_leaves_a_whole_run_behind_and_says_where(place: Path, capsys: Cap
     assert resolved.train.epochs == 2 and resolved.out == str(folder)
     assert cf.load_config("my.yaml", ["train.epochs=2", f"out={folder}"]) == resolved
     # The artifact names no folder of this machine, and the held-out prompts were not trained on.
-    assert str(place) not in (folder / "adapter/README.md").read_text()
+    card = (folder / "adapter/README.md").read_text()
+    assert str(place) not in card
+    # The card has the figures of the evaluation, as the summary has them.
+    cells = [f"{summary[when]['reward/mean']:.4g}" for when in ("before", "after")]
+    assert f"| `reward/mean` | {cells[0]} | {cells[1]} |" in card and card.count("## Figures") == 1
+    # What is to be typed next runs the plug-in that the reward is from.
+    assert re.search(r"^  \S*.* evaluate runs/said -n 128 --plugin plugin\.py +#", out, re.M)
 
 
 def test_a_second_start_in_the_same_folder_is_refused_and_changes_nothing(run: Path, capsys: Capture) -> None:
@@ -166,6 +172,29 @@ def test_a_run_that_diverges_ends_with_one_and_its_checkpoint(place: Path, capsy
     assert "brightness_that_fails' gave nan for sample 0" in err and "Traceback" not in err
     assert "step_000001; resume with: difftune train runs/nans --resume" in err
     assert len(checkpoints(place / "runs/nans/checkpoints")) == 1
+
+
+def test_a_plugins_wrong_scores_are_the_users_line(place: Path, capsys: Capture) -> None:
+    """No traceback: the file that returned them is the user's."""
+    code = (
+        "import difftune as dt\n\n@dt.reward('one_too_few')\ndef f(images, prompts):\n    return images[1:, 0, 0, 0]\n"
+    )
+    (place / "short.py").write_text(code)
+    line = refused(capsys, "train", "my.yaml", "plugins=[short.py]", "reward=one_too_few", "--out", "runs/short")
+    assert re.search(r"'one_too_few' returned shape \(\d,\), expected \(\d,\): one score per sample; reduce", line)
+    Image.new("RGB", (8, 8)).save(place / "one.png")
+    assert "returned shape (0,), expected (1,)" in refused(capsys, "score", "one_too_few", "one.png")
+
+
+def test_missing_metadata_is_told_before_anything_is_trained(place: Path, capsys: Capture) -> None:
+    code = (
+        "import difftune as dt\n\n@dt.reward('needs_a_count', needs={'count': 'how many'})\n"
+        "def f(images, prompts):\n    return images.mean((1, 2, 3))\n"
+    )
+    (place / "needy.py").write_text(code)
+    line = refused(capsys, "train", "my.yaml", "plugins=[needy.py]", "reward=needs_a_count", "--out", "runs/needy")
+    assert "'needs_a_count' needs 'count' (how many) in the metadata of every prompt" in line
+    assert not (place / "runs/needy/samples").exists() and not (place / "runs/needy/metrics.jsonl").exists()
 
 
 def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -337,7 +366,10 @@ def test_evaluate_runs_no_plugin_that_only_the_run_names(run: Path, place: Path,
     name = "adapter/pytorch_lora_weights.safetensors"
     (copied / name).write_bytes((run / name).read_bytes())
     (place / "wicked.py").write_text("open('ran', 'w')\n")
-    assert "unknown reward 'brightness_of_wicked'" in refused(capsys, "evaluate", "copied")
+    line = refused(capsys, "evaluate", "copied")
+    assert "unknown reward 'brightness_of_wicked'" in line
+    assert line.rstrip().endswith("; the run took it from a plug-in: add --plugin wicked.py")
+    assert "--plugin" not in refused(capsys, "evaluate", "copied", "--reward", "scen")
     assert not (place / "ran").exists()
     assert cli.main(["evaluate", "copied", "--reward", "jpeg_compressibility", "-n", "2"]) == 0
 
@@ -468,6 +500,35 @@ def test_list_names_what_there_is(what: str, names: list[str], capsys: Capture) 
     assert cli.main(["list", what]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert set(names) <= set(listed)
+
+
+def test_list_describes_a_reward(place: Path, capsys: Capture) -> None:
+    assert cli.main(["list", "rewards", "scene"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "scene" and "range           [0, 1]" in lines and "differentiable  no" in lines
+    assert "settings        correct='mean'" in lines
+    (place / "described.py").write_text(
+        "import difftune as dt\n\n@dt.reward('described', differentiable=True, needs={'count': 'how many'})\n"
+        "def f(images, prompts, scale=2.0):\n    'Say it.'\n    return images.mean((1, 2, 3)) * scale\n"
+    )
+    assert cli.main(["list", "rewards", "described", "--plugin", "described.py"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "described", "Say it.", "needs           count: how many", "differentiable  yes", "settings        scale=2.0",
+    ]  # fmt: skip
+    tree = "{name: product, of: [scene, {name: affine, of: jpeg_compressibility, scale: 2, weight: 3}]}"
+    assert cli.main(["list", "rewards", tree]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("product\n  1 x scene\n  3 x affine {scale: 2.0}\n    1 x jpeg_compressibility\nrange ")
+    assert cli.main(["list", "rewards", "clip_score"]) == 0  # no weights are loaded for it
+    assert re.search(r"^licence +\S", capsys.readouterr().out, re.M)
+
+
+def test_list_describes_only_rewards_that_there_are(capsys: Capture) -> None:
+    assert "did you mean 'scene'" in refused(capsys, "list", "rewards", "scen")
+    assert "reward.of.0.name: unknown reward 'scen'" in refused(
+        capsys, "list", "rewards", "{name: product, of: [scen]}"
+    )
+    assert "only rewards are described" in refused(capsys, "list", "models", "difftune/tiny-sd")
 
 
 def test_list_refuses_what_there_is_not(capsys: Capture) -> None:

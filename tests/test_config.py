@@ -150,6 +150,41 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     assert all(text in found[path] for path, text in expected.items())
 
 
+def test_a_mistake_inside_a_combination_is_found_by_its_path() -> None:
+    """In the YAML's own words, at any depth, before a weight is loaded."""
+    affine = {"name": "affine", "of": {"name": "jpeg_compressibility", "qualty": 3}, "scale": "wide"}
+    lines = refused(
+        {
+            **MINIMAL,
+            "reward": [
+                {"name": "product", "of": ["scen", affine, ["scene", {"name": "hinge", "of": "scene"}]]},
+                {"name": "mean_min", "of": []},
+                {"name": "sigmoid", "of": {"weight": 2}},
+            ],
+        }
+    )
+    expected = {
+        "reward.0.of.0.name": "did you mean 'scene'",
+        "reward.0.of.1.of.qualty": "did you mean 'quality'",
+        "reward.0.of.1.scale": "got 'wide', expected a number",
+        "reward.0.of.2.1.target": "missing, reward 'hinge' needs it",
+        "reward.1.of": "empty list",
+        "reward.2.of": "expected a name or a mapping with one",
+    }
+    found = dict(line.split(": ", 1) for line in lines)
+    assert found.keys() == expected.keys()
+    assert all(text in found[path] for path, text in expected.items())
+
+
+def test_a_combination_keeps_its_terms_and_is_as_differentiable_as_they_are() -> None:
+    tree = {"name": "product", "of": ["jpeg_proxy", {"name": "affine", "of": "sharpness", "scale": "2", "weight": 1}]}
+    config = cf.validate({**MINIMAL, "reward": tree, "algorithm": "refl"})
+    assert config.reward["of"][1] == {"name": "affine", "of": "sharpness", "scale": 2.0, "weight": 1.0}
+    assert cf.validate(cf.resolve(config)) == config
+    tree["of"] = ["jpeg_proxy", {"name": "affine", "of": "jpeg_compressibility"}]
+    assert "differentiable" in " ".join(refused({**MINIMAL, "reward": tree, "algorithm": "refl"}))
+
+
 @pytest.mark.parametrize("section", ["model", "reward", "algorithm", "prompts"])
 def test_a_missing_section_is_named_with_its_purpose(section: str) -> None:
     lines = refused({key: value for key, value in MINIMAL.items() if key != section})

@@ -33,6 +33,7 @@ from difftune import __version__
 from difftune.export import (
     WEIGHTS,
     WEIGHTS_2,
+    add_figures,
     inspect_adapter,
     load_adapter,
     save_adapter,
@@ -585,6 +586,23 @@ def test_the_card_tells_what_was_trained_and_how_to_load_it(tmp_path: Path) -> N
     # A prompt with three backticks must not close the fence it stands in.
     assert "````json\n" in card and "`demo_kohya.safetensors`: ComfyUI and A1111" in card
     assert str(tmp_path) not in card
+
+
+def test_figures_measured_later_go_into_the_card(tmp_path: Path) -> None:
+    pipe = sd()
+    attach(pipe.unet)
+    figures = {"before": {"reward/mean": -2.3456789}, "after": {"reward/mean": -1.4, "reward/std": 0.25}}
+    save_adapter(pipe, "default", tmp_path / "at once", **OPTIONS, figures=figures)
+    save_adapter(pipe, "default", tmp_path / "later", **OPTIONS)
+    assert "## Figures" not in (tmp_path / "later/README.md").read_text()
+    # Twice, as a resumed run does: the later ones count.
+    add_figures(tmp_path / "later", {"before": {"reward/mean": 1.0}, "after": {"reward/mean": 2.0}})
+    assert "| `reward/mean` | 1 | 2 |" in (tmp_path / "later/README.md").read_text()
+    card = add_figures(tmp_path / "later", figures)
+    assert card.read_text() == (tmp_path / "at once/README.md").read_text()
+    assert not list((tmp_path / "later").glob(".staging-*"))
+    with pytest.raises(UserError, match="is no model card"):
+        add_figures(tmp_path, figures)
 
 
 def test_the_card_of_an_embedded_model_loads_it_through_difftune(tmp_path: Path) -> None:

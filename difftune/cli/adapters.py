@@ -25,7 +25,8 @@ def locate(adapter: Path) -> Path:
 def settings_of(adapter: Path) -> dict[str, Any]:
     """Return the configuration an adapter was made with: its run's ``config.yaml``, else what its header says.
 
-    Plug-ins named there are left out: they run only when the command line or a configuration of the user's names them.
+    Plug-ins named there are for messages only: they run when the command line or a configuration of the user's names
+    them, and not because a file from somewhere does.
     """
     import json
 
@@ -45,7 +46,6 @@ def settings_of(adapter: Path) -> dict[str, Any]:
             raise UserError(f"{adapter}: the settings in its header are no JSON; give --model and --prompts") from None
         if "model" not in settings and "difftune.base_model" in header:
             settings["model"] = {"id": header["difftune.base_model"]}
-    settings.pop("plugins", None)
     return settings
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,9 +15,13 @@ from difftune.cli.options import Plugins
 
 def list_(
     what: Annotated[str, typer.Argument(help="algorithms, rewards, models or recipes.")],
+    name: Annotated[
+        str | None,
+        typer.Argument(help="With rewards: one of them, or one as in YAML, e.g. '[scene, clip_score]'."),
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
-    """List what there is to choose from."""
+    """List what there is to choose from, or describe one reward."""
     from difftune.registry import load_plugin, nearest
     from difftune.types import UserError
 
@@ -25,6 +30,12 @@ def list_(
         raise UserError(f"list: got {what!r}{nearest(what, list(listings))}, expected {', '.join(listings)}")
     for file in plugin or []:
         load_plugin(file)
+    if name is not None and what != "rewards":
+        raise UserError(f"list {what}: got {name!r}, expected no name: only rewards are described one by one")
+    if name is not None:
+        for line in _reward_facts(name):
+            say(line)
+        return
     rows = listings[what]()
     width = max((len(name) for name, _ in rows), default=0)
     for name, description in rows:
@@ -48,6 +59,34 @@ def _rewards() -> list[tuple[str, str]]:
         settings = ", ".join(reward_settings(name))
         rows.append((name, f"{first_line(builder)}{gradient}{f' Settings: {settings}.' if settings else ''}"))
     return rows
+
+
+def _reward_facts(spec: str) -> list[str]:
+    """Describe a reward: of a bare name what it declares, of a specification the reward it stands for, as a tree."""
+    from difftune.config import first_line, load_reward, parse_reward
+    from difftune.reward import REWARDS, reward_settings
+
+    if not spec.lstrip().startswith(("{", "[")):
+        builder: Any = REWARDS.get(spec)
+        # A function becomes a reward without being called; a class may load weights, and says what it is by itself.
+        found = builder if inspect.isclass(builder) else builder()
+        settings = reward_settings(spec)
+        lines = [spec, first_line(builder)]
+        given = [key if p.default is p.empty else f"{key}={p.default!r}" for key, p in settings.items()]
+    else:
+        found = load_reward(parse_reward(spec))
+        lines, given = found.describe().splitlines(), []
+    facts = {
+        "range": found.range,
+        "needs": "; ".join(f"{key}: {meaning}" for key, meaning in found.needs.items()),
+        "differentiable": "yes" if found.differentiable else "no",
+        "groupwise": "yes: a score depends on the other samples of its prompt" if found.groupwise else "",
+        "video": "yes: takes the frames together" if found.video else "",
+        "weights": found.weights,
+        "licence": found.licence,
+        "settings": ", ".join(given),
+    }
+    return [*lines, *(f"{key:<16}{value}" for key, value in facts.items() if value)]
 
 
 def _models() -> list[tuple[str, str]]:

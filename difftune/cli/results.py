@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +14,8 @@ if TYPE_CHECKING:
     from difftune.tracking import Comparison
 
 
-def tell_results(out: Path, comparison: Comparison | None) -> None:
-    """Say what the run has reached, where its files are, and what to do next."""
+def tell_results(out: Path, comparison: Comparison | None, plugins: Sequence[str] = ()) -> None:
+    """Say what the run has reached, where its files are, and what to do next; ``plugins`` are the run's own."""
     say()
     for line in _reward_lines(out, comparison):
         say(line)
@@ -26,13 +29,21 @@ def tell_results(out: Path, comparison: Comparison | None) -> None:
     command = command_name()
     following = {
         f"{command} generate {out} --compare": "more pictures, base beside tuned; your own: --prompt '...'",
-        f"{command} evaluate {out} -n 128": "the figures again, on more pictures",
+        f"{command} evaluate {out} -n 128 {plugin_options(plugins)}".rstrip(): "the figures again, on more pictures",
         f"{command} new ddpo-scene-tiny-sd my.yaml": "a recipe to change; all of them: difftune list recipes",
     }
     width = max(map(len, following))
     say("next:")
     for command, purpose in following.items():
         say(f"  {command:<{width}}  # {purpose}")
+
+
+def plugin_options(plugins: Sequence[str]) -> str:
+    """Return the options that name plug-in files, each as short as it can be typed from here."""
+    here = os.path.abspath("")
+    short = [os.path.relpath(file, here) if os.path.isabs(file) else file for file in plugins]
+    best = [file if name.startswith("..") else name for file, name in zip(plugins, short, strict=True)]
+    return " ".join(f"--plugin {shlex.quote(name)}" for name in best)
 
 
 def _reward_lines(out: Path, comparison: Comparison | None) -> list[str]:

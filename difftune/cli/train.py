@@ -62,7 +62,7 @@ def run_config(config: RunConfig, resume: bool) -> int:
                 raise
             return code
     if os.environ.get("RANK", "0") == "0":
-        tell_results(out, comparison)
+        tell_results(out, comparison, config.plugins)
     return 0
 
 

@@ -14,7 +14,17 @@ from __future__ import annotations
 
 from difftune.config.editors import first_line, json_schema
 from difftune.config.loading import load_config, validate
-from difftune.config.objects import Run, base_model_name, build, load_model, load_reward, pick_device, prepare_process
+from difftune.config.named import parse_reward
+from difftune.config.objects import (
+    Run,
+    base_model_name,
+    build,
+    check_metadata,
+    load_model,
+    load_reward,
+    pick_device,
+    prepare_process,
+)
 from difftune.config.presets import recipe_text, recipes
 from difftune.config.resolved import HARMLESS, changed_keys, published, resolve
 from difftune.config.schema import RunConfig
@@ -34,12 +44,14 @@ __all__ = [
     "base_model_name",
     "build",
     "changed_keys",
+    "check_metadata",
     "first_line",
     "json_schema",
     "load_config",
     "load_held_out",
     "load_model",
     "load_reward",
+    "parse_reward",
     "parse_yaml",
     "pick_device",
     "prepare_process",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from difftune.algorithm import Plan, build_algorithm
+from difftune.config.named import is_composed
 from difftune.config.schema import RunConfig
 from difftune.config.sections import ETA
 from difftune.reward import REWARDS
@@ -68,13 +69,25 @@ def conflicts_of(config: RunConfig) -> list[str]:
 
 def _sketched(spec: Any) -> Any:
     terms = [spec] if isinstance(spec, (str, Mapping)) else list(spec)
-    names = [term if isinstance(term, str) else term["name"] for term in terms]
-    kinds = [_reward_kind(name) for name in names]
+    kinds = [_reward_kind(name) for name in _names_in(terms)]
     return _RewardSketch(
-        name=" + ".join(names),
+        name=" + ".join("..." if isinstance(t, list) else t if isinstance(t, str) else t["name"] for t in terms),
         differentiable=all(kind.differentiable for kind in kinds),
         groupwise=any(kind.groupwise for kind in kinds),
     )
+
+
+def _names_in(spec: Any) -> Iterator[str]:
+    """Yield the names of all rewards in a specification, those that others are made of too."""
+    if isinstance(spec, str):
+        yield spec
+    elif isinstance(spec, Mapping):
+        yield spec["name"]
+        if is_composed(spec["name"]):
+            yield from _names_in(spec["of"])
+    else:
+        for term in spec:
+            yield from _names_in(term)
 
 
 def _reward_kind(name: str) -> Any:

@@ -12,8 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from difftune.algorithm import ALGORITHMS
 from difftune.config.messages import Problems, error_lines, shown
+from difftune.config.yaml12 import parse_value
 from difftune.registry import RegistryError, nearest
-from difftune.reward import REWARDS, reward_settings
+from difftune.reward import REWARDS, ComposedReward, reward_settings
+from difftune.types import UserError
 
 
 def checked_algorithm(value: Any) -> dict[str, Any]:
@@ -33,17 +35,33 @@ def checked_algorithm(value: Any) -> dict[str, Any]:
 
 
 def checked_reward(value: Any) -> Any:
-    """Return the reward as it was given, its settings coerced to their types."""
+    """Return the reward as it was given, its settings and those of the rewards it is made of coerced to their types."""
     problems: list[str] = []
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if not value:
-            raise Problems(["reward: got an empty list, expected at least one reward"])
-        checked: Any = [_checked_term(item, f"reward.{index}", problems) for index, item in enumerate(value)]
-    else:
-        checked = _checked_term(value, "reward", problems)
+    checked = _checked_terms(value, "reward", problems)
     if problems:
         raise Problems(problems)
     return checked
+
+
+def parse_reward(text: str) -> Any:
+    """Return the reward that a line of YAML stands for, as :func:`checked_reward` returns it.
+
+    Raises:
+        UserError: with one line per mistake.
+    """
+    try:
+        return checked_reward(parse_value(text, "reward"))
+    except Problems as error:
+        raise UserError("\n".join((error.context or {})["lines"])) from None
+
+
+def _checked_terms(value: Any, path: str, problems: list[str]) -> Any:
+    """Check one term, or a list of them, which may hold lists again (sums within sums)."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return _checked_term(value, path, problems)
+    if not value:
+        problems.append(f"{path}: got an empty list, expected at least one reward")
+    return [_checked_terms(item, f"{path}.{index}", problems) for index, item in enumerate(value)]
 
 
 def _checked_term(value: Any, path: str, problems: list[str]) -> Any:
@@ -70,10 +88,19 @@ def _checked_term(value: Any, path: str, problems: list[str]) -> Any:
             checked[key] = TypeAdapter(hints.get(key, Any)).validate_python(item)
         except ValidationError as error:
             problems.extend(error_lines(error, None, (*path.split("."), key)))
+        else:
+            if key == "of" and is_composed(name):
+                checked[key] = _checked_terms(checked[key], f"{path}.of", problems)
     for key, parameter in allowed.items():
         if parameter.default is inspect.Parameter.empty and key not in given:
             problems.append(f"{path}.{key}: missing, reward {name!r} needs it")
     return checked if isinstance(value, Mapping) else value
+
+
+def is_composed(name: str) -> bool:
+    """Say whether the reward is made of others, which stand under its setting ``of``."""
+    builder = REWARDS.get(name)
+    return inspect.isclass(builder) and issubclass(builder, ComposedReward) and "of" in reward_settings(name)
 
 
 def setting_types(name: str) -> dict[str, Any]:

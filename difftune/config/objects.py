@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def build(config: RunConfig) -> Run:
     prepare_process(config)
     prompts, held_out = load_split(config.prompts)
     reward = load_reward(config.reward)
+    check_metadata(reward, [*prompts, *(held_out if config.evaluate is not None else [])])
     pipe = load_model(config.model)
     # What the adapter begins with must not depend on what was loaded before it.
     torch.manual_seed(config.train.seed)
@@ -156,6 +158,15 @@ def load_model(model: ModelConfig) -> Any:
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     return pipe
+
+
+def check_metadata(reward: Reward, prompts: Sequence[Prompt]) -> None:
+    """Check, before anything is drawn, that the prompts carry the metadata that the reward needs.
+
+    Raises:
+        UserError: one has none; the message names the reward, the metadata and the prompt.
+    """
+    reward.check_metadata([prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
 
 
 def load_reward(spec: Any) -> Reward:

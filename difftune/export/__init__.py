@@ -20,9 +20,10 @@ the safetensors library orders them at random and two equal runs would leave dif
 
 from __future__ import annotations
 
+from difftune.export.card import add_figures
 from difftune.export.files import WEIGHTS, WEIGHTS_2
 from difftune.export.inspection import inspect_adapter
 from difftune.export.loading import load_adapter
 from difftune.export.saving import save_adapter, save_weights
 
-__all__ = ["WEIGHTS", "WEIGHTS_2", "inspect_adapter", "load_adapter", "save_adapter", "save_weights"]
+__all__ = ["WEIGHTS", "WEIGHTS_2", "add_figures", "inspect_adapter", "load_adapter", "save_adapter", "save_weights"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from difftune.export.files import WEIGHTS, WEIGHTS_2
+from difftune.export.files import WEIGHTS, WEIGHTS_2, commit, staging
 from difftune.export.folding import FoldedAdapter
+from difftune.types import UserError
 
 
 def card_text(
@@ -100,6 +102,30 @@ def _figure_rows(figures: Mapping[str, Mapping[str, float]] | None) -> list[str]
         cells = [f"{figures[c][key]:.4g}" if key in figures[c] else "" for c in columns]
         rows.append(f"| {_code(key)} | {' | '.join(cells)} |")
     return ["## Figures", "", *rows, ""]
+
+
+def add_figures(folder: str | Path, figures: Mapping[str, Mapping[str, float]]) -> Path:
+    """Put figures measured later into the model card of an adapter's folder, in place of those it has.
+
+    Args:
+        folder: where :func:`~difftune.export.save_adapter` wrote; the card is replaced whole.
+        figures: ``{"before": {"reward/mean": ...}, "after": {...}}``.
+
+    Raises:
+        UserError: there is no card of ours.
+    """
+    card = Path(folder) / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    # Above "Use" stand the front matter, the title and table rows: no line there begins as users please.
+    head, use, rest = text.partition("\n## Use\n")
+    if not use:
+        raise UserError(f"{str(card)!r} is no model card of an adapter; expected a folder that save_adapter wrote")
+    head = head.partition("\n## Figures\n")[0].rstrip("\n")
+    with staging(folder) as stage:
+        written = "\n".join([head, "", *_figure_rows(figures)]) + use.lstrip("\n") + rest
+        (stage / card.name).write_text(written, encoding="utf-8")
+        commit(stage, Path(folder), [card.name])
+    return card
 
 
 def _usage(pipe: Any, files: list[str], own_layout: list[Any], base_model: str, lora: bool) -> list[str]:
