@@ -8,7 +8,7 @@ STAMP := $(VENV)/.difftune-installed
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help $(VENV) demo test test-fast test-slow lint types bench clean
+.PHONY: help $(VENV) demo test test-fast test-slow lint types bench results clean
 
 help:
 	@echo "make demo       train a LoRA on the embedded model and show before and after"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint       ruff"
 	@echo "make types      mypy"
 	@echo "make bench      measure the overhead over the bare denoiser calls"
+	@echo "make results    train every recipe of the embedded models that has no result yet (hours)"
 	@echo "make .venv      create or update the environment"
 	@echo "make clean      remove the environment, caches and builds; runs/ stays"
 
@@ -27,7 +28,7 @@ $(STAMP): setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "the pins in constraints.txt need Python 3.11 or newer, got %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,notebooks,remote]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,notebooks,remote,ocr,nsfw]'
 	@touch $@
 
 demo: $(STAMP)
@@ -52,6 +53,9 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m difftune.bench
+
+results: $(STAMP)
+	$(BIN)/python -m difftune.results
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov docs/_build
