@@ -67,4 +67,5 @@ class AlignProp(GradientAlgorithm):
         """Yield one draw, differentiated from a random step on."""
         sampler = context.sampler
         begin = first_step(self.config, sampler.steps, context.generator)
-        yield sampler.backprop(batch.prompts, keys=batch.keys, grad_steps=range(begin, sampler.steps)), 1.0
+        steps = range(begin, sampler.steps)
+        yield sampler.backprop(batch.prompts, keys=batch.keys, conditions=batch.conditions, grad_steps=steps), 1.0

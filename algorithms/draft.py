@@ -62,9 +62,10 @@ class DRaFT(GradientAlgorithm):
         sampler, count = context.sampler, self.config.renoised
         if count == 0:
             begin = sampler.steps - self.config.last_steps
-            yield sampler.backprop(batch.prompts, keys=batch.keys, grad_steps=range(begin, sampler.steps)), 1.0
+            steps = range(begin, sampler.steps)
+            yield sampler.backprop(batch.prompts, keys=batch.keys, conditions=batch.conditions, grad_steps=steps), 1.0
             return
-        trajectory = sampler.rollout(batch.prompts, keys=batch.keys, decode=False)
+        trajectory = sampler.rollout(batch.prompts, keys=batch.keys, conditions=batch.conditions, decode=False)
         timestep = float(trajectory.times[-1])
         x0 = working(trajectory.states[:, -1])
         points = [working(trajectory.states[:, -2])]
@@ -73,5 +74,7 @@ class DRaFT(GradientAlgorithm):
             points.append(add_noise(x0, noise, sampler.level(timestep)))
         for x_t in points:
             found: list[PointView] = []
-            sampler.probe(batch.prompts, [(timestep, x_t)], found.append, keys=batch.keys)
-            yield sampler.decode(found[0].x0, batch.prompts, batch.keys), 1.0 / (count + 1)
+            sampler.probe(
+                batch.prompts, [(timestep, x_t)], found.append, keys=batch.keys, conditions=batch.conditions
+            )
+            yield sampler.decode(found[0].x0, batch.prompts, batch.keys, batch.conditions), 1.0 / (count + 1)

@@ -82,5 +82,7 @@ class DRTune(GradientAlgorithm):
         count = sampler.steps if stop is None else stop + 1
         steps = spaced_steps(self.config.trained_steps, count, offset)
         with stopped_inputs(context.policy):
-            images = sampler.backprop(batch.prompts, keys=batch.keys, grad_steps=steps, stop=stop)
+            images = sampler.backprop(
+                batch.prompts, keys=batch.keys, conditions=batch.conditions, grad_steps=steps, stop=stop
+            )
         yield images, 1.0

@@ -51,4 +51,7 @@ class ReFL(GradientAlgorithm):
         """Yield the picture predicted at a random late step."""
         sampler = context.sampler
         m = middle_step(self.config.step_range, sampler.steps, context.generator)
-        yield sampler.backprop(batch.prompts, keys=batch.keys, grad_steps=[m], stop=m), 1.0
+        images = sampler.backprop(
+            batch.prompts, keys=batch.keys, conditions=batch.conditions, grad_steps=[m], stop=m
+        )
+        yield images, 1.0

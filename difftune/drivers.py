@@ -94,6 +94,10 @@ class Driver:
         """Run the denoiser without gradients."""
         return "run"
 
+    def restart(self) -> bool:
+        """Get ready to be driven once more from the beginning; False if results have been handed out already."""
+        return True
+
 
 class Recorder(Driver):
     """Draws each step's noise and stores what the step received and returned.
@@ -204,6 +208,11 @@ class BlendTracer(Driver):
         """Skip the denoiser."""
         return "skip"
 
+    def restart(self) -> bool:
+        """Begin again."""
+        self._leaf, self._kept = None, []
+        return True
+
     def step(self, prediction: Prediction) -> Tensor:
         """Look at what came of the step before, and go on with the recorded x'."""
         if self._leaf is not None:
@@ -249,13 +258,20 @@ class Replayer(Driver):
         self._wanted = frozenset(wanted)
         self._last = max(wanted)
         self._grad = grad
+        self._handed_out = False
 
     def action(self, index: int) -> Action:
+        """Run the wanted steps."""
         if index not in self._wanted:
             return "skip"
         return "grad" if self._grad else "run"
 
+    def restart(self) -> bool:
+        """Begin again, unless a step has been handed out."""
+        return not self._handed_out
+
     def step(self, prediction: Prediction) -> Tensor:
+        """Return the recorded x', and hand out the transition if it is wanted."""
         index = prediction.index
         trajectory = self._trajectory
         following = trajectory.step_out(index).to(prediction.sample.device)
@@ -268,6 +284,7 @@ class Replayer(Driver):
                 )
             kept = None if trajectory.kept is None else trajectory.kept[:, index].to(following.device)
             gaussian = dataclasses.replace(prediction.transition(), mask=kept)
+            self._handed_out = True
             self._on_step(
                 StepView(
                     index=index,
@@ -300,6 +317,7 @@ class Prober(Driver):
         self.visited = 0
 
     def timesteps(self, scheduler: Any) -> None:
+        """Put the points' timesteps at the end of the pipeline's own."""
         times = [t for t, _ in self._points]
         # Points come last: image-to-image pipelines begin in the middle of the list. At least one step precedes them.
         have = len(scheduler.timesteps) - scheduler._difftune.grid.terminal
@@ -309,11 +327,18 @@ class Prober(Driver):
         override_timesteps(scheduler, native[: self._padding] + times)
 
     def action(self, index: int) -> Action:
+        """Skip the steps before the first point."""
         if self._next is None or self._next < 0:
             return "skip"
         return "grad" if self._grad else "run"
 
+    def restart(self) -> bool:
+        """Begin again, unless a point has been handed out."""
+        self._next = None
+        return not self.visited
+
     def step(self, prediction: Prediction) -> Tensor:
+        """Hand out the point that the pipeline has come to, and lead it to the next."""
         point = prediction.position - self._padding
         if self._next is not None and point >= 0:
             self.visited += 1
@@ -411,6 +436,11 @@ class PullBack(Driver):
     def action(self, index: int) -> Action:
         """Differentiate the one step."""
         return "grad" if index == self._index else "skip"
+
+    def restart(self) -> bool:
+        """Begin again."""
+        self._leaf = None
+        return True
 
     def step(self, prediction: Prediction) -> Tensor:
         """Lead to the step along the recorded samples, and differentiate it."""

@@ -5,9 +5,17 @@ File formats, all UTF-8:
 
 - ``.txt``: one prompt a line; blank lines are skipped; a line that holds only ``""`` is the empty prompt.
 - ``.jsonl``: one object a line, ``{"prompt": "two stars", ...}``; the other entries are the prompt's
-  metadata.
-- ``.csv``: a header with a column ``prompt``; the other columns are metadata (strings). An empty cell is the
-  empty prompt.
+  conditions and metadata.
+- ``.csv``: a header with a column ``prompt``; the other columns are conditions and metadata (strings). An empty
+  cell is the empty prompt, or no condition.
+
+Conditions are what the pipeline's call takes beside the prompt: the entries named in :data:`CONDITIONS`, and any
+other argument of the pipeline under ``conditions`` (in a csv, the column ``conditions.NAME``)::
+
+    {"prompt": "a red door", "image": "house.png", "mask_image": "door.png", "negative_prompt": "blurry"}
+    {"prompt": "a red door", "conditions": {"ip_adapter_image": "style.png", "strength": 0.6}}
+
+Pictures are PNG, JPEG or WEBP files, relative to the prompt file. All other entries are metadata, for rewards.
 
 Prompts are data: they are never formatted, evaluated or looked up.
 """
@@ -40,6 +48,21 @@ ANIMALS = (
 """The 45 animals of DDPO (Black et al. 2023, arXiv 2305.13301, section 5.1), each a prompt by itself."""
 
 
+CONDITIONS = (
+    "image",
+    "mask_image",
+    "control_image",
+    "reference_image",
+    "last_image",
+    "negative_prompt",
+    "num_frames",
+)
+"""Entries of a prompt that are arguments of the pipeline's call by their name alone."""
+
+PICTURES = ("PNG", "JPEG", "WEBP")
+"""Formats of pictures that prompts may name."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One prompt.
@@ -47,13 +70,16 @@ class Prompt:
     Attributes:
         text: what the pipeline is asked for; may be empty.
         metadata: what a reward may want to know beside the text, e.g. ``{"clauses": {"count": 2}}``.
+        conditions: further arguments of the pipeline's call for this prompt, by name; a :class:`~pathlib.Path` (or a
+            list of them) stands for the picture in that file, which is opened when the pipeline is called.
 
     Raises:
-        UserError: the text is no string or the metadata no mapping.
+        UserError: the text is no string, or the metadata or the conditions no mapping.
     """
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    conditions: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -61,6 +87,9 @@ class Prompt:
         if not isinstance(self.metadata, Mapping):
             got = type(self.metadata).__name__
             raise UserError(f"metadata of prompt {self.text!r} is {got}, expected a mapping")
+        if not isinstance(self.conditions, Mapping):
+            got = type(self.conditions).__name__
+            raise UserError(f"conditions of prompt {self.text!r} are {got}, expected a mapping")
 
     def __str__(self) -> str:
         return self.text
@@ -70,7 +99,7 @@ def load_prompts(spec: Any, *, size: int | None = None, seed: int = 0) -> list[P
     """Return the prompts that ``spec`` names.
 
     Args:
-        spec: a list of strings, of mappings with ``prompt`` (the other entries are metadata) or of
+        spec: a list of strings, of mappings with ``prompt`` (the other entries are conditions and metadata) or of
             :class:`Prompt`; a path to a ``.txt``, ``.jsonl`` or ``.csv`` file; the name of a built-in set
             (:func:`list_prompts`); or ``{"name": NAME_OR_PATH, "size": ..., "seed": ...}``.
         size: how many prompts. Sampled sets (``scenes``, ``scenes-full``) give 256 by default; of other
@@ -79,7 +108,8 @@ def load_prompts(spec: Any, *, size: int | None = None, seed: int = 0) -> list[P
 
     Raises:
         UserError: unknown name (with the nearest one), missing or unreadable file, a bad line (with file and
-            line number), no prompt at all, or a size that the source cannot give.
+            line number), a picture that is not there, a condition that only some prompts have, no prompt at all, or a
+            size that the source cannot give.
     """
     if isinstance(spec, Mapping):
         options = dict(spec)
@@ -101,7 +131,17 @@ def load_prompts(spec: Any, *, size: int | None = None, seed: int = 0) -> list[P
         raise UserError(f"prompts: got {type(spec).__name__}, expected a list, a file name or a built-in set")
     if not prompts:
         raise UserError(f"prompts: {what} has no prompt, expected at least one")
+    for name in {name for prompt in prompts for name in prompt.conditions}:
+        having = sum(name in prompt.conditions for prompt in prompts)
+        if having < len(prompts):
+            raise UserError(f"prompts: {having} of the {len(prompts)} in {what} have {name!r}, expected all or none")
     return prompts if size is None else _choose(prompts, size, seed, what)
+
+
+def conditions_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """Return the prompts' conditions by name, one value per prompt, as :meth:`difftune.Sampler.rollout` takes them."""
+    names = prompts[0].conditions if prompts else ()
+    return {name: [prompt.conditions[name] for prompt in prompts] for name in names}
 
 
 def list_prompts() -> list[str]:
@@ -186,8 +226,11 @@ def _choose(prompts: list[Prompt], size: int, seed: int, what: str) -> list[Prom
     return [prompts[index] for index in sorted(_shuffled(len(prompts), f"choice/{seed}")[:size])]
 
 
-def _entry(item: Any, where: str) -> Prompt:
-    """Turn a string, a mapping with ``prompt`` or a :class:`Prompt` into a :class:`Prompt`."""
+def _entry(item: Any, where: str, folder: Path | None = None) -> Prompt:
+    """Turn a string, a mapping with ``prompt`` or a :class:`Prompt` into a :class:`Prompt`.
+
+    ``folder`` is where the paths of pictures begin; the working directory by default.
+    """
     if isinstance(item, Prompt):
         return item
     if isinstance(item, str):
@@ -197,7 +240,32 @@ def _entry(item: Any, where: str) -> Prompt:
     if not isinstance(item.get("prompt"), str):
         got = f"prompt {item['prompt']!r}" if "prompt" in item else f"only {sorted(map(str, item))}"
         raise UserError(f"{where} has {got}, expected 'prompt' to be a string")
-    return Prompt(item["prompt"], {key: value for key, value in item.items() if key != "prompt"})
+    rest = {key: value for key, value in item.items() if key != "prompt"}
+    further = rest.pop("conditions", {})
+    if not isinstance(further, Mapping):
+        raise UserError(f"{where} has conditions {further!r}, expected a mapping of the pipeline's arguments")
+    given = {**{name: rest.pop(name) for name in CONDITIONS if name in rest}, **further}
+    return Prompt(
+        item["prompt"], rest, {name: _condition(name, value, where, folder) for name, value in given.items()}
+    )
+
+
+def _condition(name: str, value: Any, where: str, folder: Path | None) -> Any:
+    """Return a condition's value: a checked path for the name of a picture, anything else as it is."""
+    if isinstance(value, list):
+        return [_condition(name, item, where, folder) for item in value]
+    if not isinstance(value, (str, Path)) or not ("image" in name or "mask" in name):
+        return value
+    path = (folder or Path()) / Path(value).expanduser()
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=PICTURES):
+            return path
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else f"no {', '.join(PICTURES)} picture"
+        beside = "the working directory" if folder is None else "the prompt file"
+        raise UserError(f"{where} {name} {str(value)!r}: {why}; paths are relative to {beside}") from None
 
 
 def _named(spec: str | Path) -> list[Prompt]:
@@ -265,7 +333,7 @@ def _read_jsonl(path: Path, text: str) -> list[Prompt]:
             raise UserError(f'{path}:{number}: not JSON ({error}), expected {{"prompt": "..."}}') from None
         if not isinstance(item, dict):
             raise UserError(f'{path}:{number}: got {item!r}, expected an object {{"prompt": "..."}}')
-        prompts.append(_entry(item, f"{path}:{number}:"))
+        prompts.append(_entry(item, f"{path}:{number}:", path.parent))
     return prompts
 
 
@@ -280,11 +348,33 @@ def _read_csv(path: Path, text: str) -> list[Prompt]:
             if None in row or None in row.values():
                 cells = len(reader.fieldnames or [])
                 raise UserError(f"{path}:{reader.line_num}: expected {cells} cells: quote those with commas")
-            prompts.append(_entry(row, f"{path}:{reader.line_num}:"))
+            prompts.append(_entry(_without_strings(row), f"{path}:{reader.line_num}:", path.parent))
     except csv.Error as error:
         # The inner reader's count: DictReader's own lags one row behind when a row fails.
         raise UserError(f"{path}:{reader.reader.line_num}: {error}") from None
     return prompts
+
+
+def _without_strings(row: Mapping[str, str]) -> dict[str, Any]:
+    """Return a row of a csv with its conditions as they are in a jsonl: numbers as numbers, empty cells left out."""
+    rest: dict[str, Any] = {}
+    conditions: dict[str, Any] = {}
+    for column, cell in row.items():
+        name = column.removeprefix("conditions.")
+        if name == column and name not in CONDITIONS:
+            rest[name] = cell
+        elif cell:
+            conditions[name] = _number(cell)
+    return {**rest, "conditions": conditions} if conditions else rest
+
+
+def _number(cell: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(cell)
+        except ValueError:
+            continue
+    return cell
 
 
 def _sample_scenes(describe: Callable[[Any, Any], str], size: int, seed: int) -> list[str]:

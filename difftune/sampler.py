@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from pydantic import ValidationError
 from torch import Tensor
 
-from difftune.denoiser import InferenceModeError, Tap
+from difftune.denoiser import Action, InferenceModeError, Tap
 from difftune.drivers import (
     Backpropagator,
     BlendTracer,
@@ -40,6 +43,7 @@ from difftune.drivers import (
 from difftune.noise import KeyedDraws, KeyedGenerator, keyed_generator, keyed_noise
 from difftune.policy import Policy, pipeline_modules
 from difftune.prompt_cache import PromptCache
+from difftune.prompts import PICTURES
 from difftune.puppet import Prediction, make_puppet
 from difftune.quirks import quirk_of
 from difftune.transition import Gaussian, Level
@@ -121,6 +125,7 @@ class Sampler:
         self._tap = Tap({**policy.denoisers, **extra})
         self._cache = PromptCache(policy.pipe)
         self._form: int | None = None
+        self._skips = True
         self._output_type = "pt"
         self._length: int | None = None
         self._swaps_processors = _swaps_processors(policy.pipe)
@@ -171,7 +176,9 @@ class Sampler:
             prompts: ``B`` prompts; a prompt may come several times.
             seed, epoch: what the noise is keyed by, with the prompt and its repetition.
             keys: the keys themselves, in place of seed and epoch.
-            conditions: further arguments of the pipeline's call, one value per sample (init images, masks, ...).
+            conditions: further arguments of the pipeline's call, one value per sample (init images, masks, ...). A
+                :class:`~pathlib.Path` stands for the picture in that file. Arguments that are single numbers for the
+                pipeline (``num_frames``, ``strength``) must be the same for all samples of a call.
             decode: whether to decode images.
 
         Raises:
@@ -195,8 +202,9 @@ class Sampler:
         driver = Recorder(self._take_step(keys), None if decode else self._length)
         try:
             out = self._drive(driver, prompts, keys, conditions)
-        except ValueError as error:
-            if isinstance(error, UserError) or "output_type" not in str(error) or self._output_type == "np":
+        except Exception as error:
+            about_output = "output_type" in str(error) or "type pt" in str(error)
+            if isinstance(error, UserError) or not about_output or self._output_type == "np":
                 raise
             self._output_type = "np"
             return self._record(prompts, keys, conditions, decode)
@@ -213,6 +221,39 @@ class Sampler:
             _require_finite(images, "image", prompts)
             trajectory = dataclasses.replace(trajectory, images=images)
         return trajectory.on_host() if self.store == "host" else trajectory
+
+    def check_conditions(self, conditions: Mapping[str, Sequence[Any]]) -> None:
+        """Refuse conditions that the pipeline's call would not take, before anything is drawn.
+
+        Args:
+            conditions: of all prompts of a run, one value per prompt.
+
+        Raises:
+            UserError: the pipeline has no such argument, or takes one number where prompts differ.
+        """
+        for name, values in conditions.items():
+            if name not in self._parameters and not self._takes_anything():
+                raise UserError(
+                    f"prompts: {type(self.policy.pipe).__name__} takes no {name!r}; its arguments are "
+                    f"{', '.join(sorted(self._parameters))}"
+                )
+            self._condition(name, values)
+
+    def _condition(self, name: str, values: Any) -> Any:
+        """Return a condition as the pipeline takes it: pictures opened, equal numbers as the one number they are."""
+        if not isinstance(values, (list, tuple)):
+            return values
+        if not values or not all(isinstance(value, (int, float)) for value in values):
+            return [_opened(value, "mask" in name) for value in values]
+        parameter = self._parameters.get(name)
+        if parameter is None or not _takes_one_number(parameter):
+            return values
+        if any(value != values[0] for value in values):
+            raise UserError(
+                f"prompts: {name} is {values[0]} and {next(v for v in values if v != values[0])}, and "
+                f"{type(self.policy.pipe).__name__} takes one for all; give all prompts the same"
+            )
+        return values[0]
 
     def noisy_steps(self, seed: int, epoch: int) -> tuple[int, ...] | None:
         """Return the steps inside the window in an epoch; ``None`` where there is no window."""
@@ -443,7 +484,7 @@ class Sampler:
             "output_type": self._output_type,
             "return_dict": True,
             **self._fixed,
-            **conditions,
+            **{name: self._condition(name, values) for name, values in conditions.items()},
         }
         if isinstance(given.get("negative_prompt"), str):
             given["negative_prompt"] = [given["negative_prompt"]] * len(prompts)
@@ -473,6 +514,16 @@ class Sampler:
         natives = [getattr(owner, name) for owner, name in self._seats]
         processors = self._processors() if self._swaps_processors else {}
         draws = KeyedDraws(keys)
+        skipped = False
+
+        def decide() -> Action:
+            nonlocal skipped
+            action = driver.action(state.index)
+            if action == "skip" and not self._skips:
+                return "run"
+            skipped = skipped or action == "skip"
+            return action
+
         try:
             with contextlib.ExitStack() as stack:
                 # The outer no_grad is what grad mode falls back to, whatever a driver switched on in between.
@@ -483,9 +534,7 @@ class Sampler:
                     stack.enter_context(torch.autocast(self.policy.device.type, self.autocast))
                 stack.enter_context(self._cache.open())
                 stack.enter_context(draws)
-                stack.enter_context(
-                    self._tap.open(lambda: driver.action(state.index), checkpointing, around=draws.paused)
-                )
+                stack.enter_context(self._tap.open(decide, checkpointing, around=draws.paused))
                 for owner, name in self._seats:
                     vars(owner)[name] = self._puppet
                 return self._call(driver, keys, arguments, conditions)
@@ -496,10 +545,20 @@ class Sampler:
             if hasattr(self.policy.pipe, "maybe_free_model_hooks"):
                 self.policy.pipe.maybe_free_model_hooks()
             return None
+        except (UserError, ParityError, NonFiniteError, torch.OutOfMemoryError):
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            for module, processor in processors.items():
+                module.processor = processor
+            if not skipped or not driver.restart():
+                raise
+            # Pipelines that read what the denoiser leaves behind (self-attention guidance) cannot do without it.
+            self._skips = False
         finally:
             for (owner, name), native in zip(self._seats, natives, strict=True):
                 vars(owner)[name] = native
             state.begin(None)
+        return self._drive(driver, prompts, keys, conditions, steps=steps, checkpointing=checkpointing)
 
     def _processors(self) -> dict[Any, Any]:
         modules = [m for module in self.policy.denoisers.values() for m in module.modules()]
@@ -605,7 +664,15 @@ class Sampler:
 
         for parameter in params.values():
             parameter.grad = None
-        self.replay(trajectory, verify)
+        try:
+            self.replay(trajectory, verify)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise ParityError(
+                f"parity: {type(self.policy.pipe).__name__} carries what it predicts at one step on to the next "
+                "(momentum), so its steps are no transitions of their own; switch that off in sampler.call"
+            ) from None
         norms = {name: 0.0 if p.grad is None else float(p.grad.norm()) for name, p in params.items()}
         strays = [
             f"{component}.{name}"
@@ -679,6 +746,26 @@ def _call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     return parameters
 
 
+def _takes_one_number(parameter: inspect.Parameter) -> bool:
+    """Whether an argument of a pipeline is a number, not a list of one per sample."""
+    kind = str(parameter.annotation).lower()
+    if parameter.annotation is not inspect.Parameter.empty and ("list" in kind or "tensor" in kind):
+        return isinstance(parameter.default, (int, float))
+    return isinstance(parameter.default, (int, float)) or "int" in kind or "float" in kind
+
+
+def _opened(value: Any, grey: bool) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_opened(item, grey) for item in value]
+    return _picture(value, value.stat().st_mtime_ns, grey) if isinstance(value, Path) else value
+
+
+@functools.lru_cache(maxsize=256)
+def _picture(path: Path, changed: int, grey: bool) -> Any:
+    with Image.open(path, formats=PICTURES) as picture:
+        return ImageOps.exif_transpose(picture).convert("L" if grey else "RGB")
+
+
 def _window_of(window: Any, steps: int) -> tuple[int, ...] | Window | None:
     """Return the window that a sampler of ``steps`` steps was given, checked."""
     if window is None:
@@ -723,6 +810,7 @@ def _require_finite(values: Tensor, what: str, prompts: Sequence[str]) -> None:
 _OUTPUTS = {
     "images": True,
     "frames": True,
+    "rgb": True,
     "sample": True,
     "audios": False,
     "prediction": False,
