@@ -30,7 +30,7 @@ from difftune.algorithm import Algorithm, Batch, Context, Plan, Prepared
 from difftune.export import save_adapter, save_weights
 from difftune.policy import Policy
 from difftune.processes import Processes, even_shares
-from difftune.prompts import Prompt, PromptStream, load_prompts
+from difftune.prompts import Prompt, PromptStream, conditions_of, load_prompts
 from difftune.report import sample_grid, write_report
 from difftune.reward import Reward, build_reward
 from difftune.sampler import Sampler, StepView, keyed_generator, sample_keys
@@ -75,6 +75,7 @@ class _Samples:
     Attributes:
         epoch: the epoch, from 1.
         texts, metadata, keys: the samples' prompts and noise keys, in order.
+        conditions: further arguments of the pipeline's call, one value per sample.
         shares: the indices of the samples that each process draws, by rank.
     """
 
@@ -82,10 +83,15 @@ class _Samples:
     texts: list[str]
     metadata: list[Mapping[str, Any]]
     keys: list[SampleKey]
+    conditions: Mapping[str, list[Any]]
     shares: list[list[int]]
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def conditions_at(self, rows: Sequence[int]) -> dict[str, list[Any]]:
+        """Return the conditions of these samples."""
+        return {name: [values[i] for i in rows] for name, values in self.conditions.items()}
 
 
 class Trainer:
@@ -144,6 +150,8 @@ class Trainer:
         self.reward = build_reward(reward).to(self.accelerator.device)
         self.prompts = load_prompts(prompts)
         self.sample_prompts = load_prompts(sample_prompts if sample_prompts is not None else self.prompts)
+        for listed in (self.prompts, self.sample_prompts):
+            self.sampler.check_conditions(conditions_of(listed))
         self.out = None if out is None else Path(out)
         self.base_model = base_model
         self.description = dict(description or {})
@@ -261,7 +269,7 @@ class Trainer:
         texts = [row.text for row in rows]
         keys = list(sample_keys(texts, self.config.seed, epoch))
         shares = even_shares(len(rows), self.processes.count)
-        return _Samples(epoch, texts, [row.metadata for row in rows], keys, shares)
+        return _Samples(epoch, texts, [row.metadata for row in rows], keys, conditions_of(rows), shares)
 
     def _draw(self, samples: _Samples) -> Trajectory | None:
         """Draw this process's share; ``None`` if that is empty, since there are more processes than samples."""
@@ -269,15 +277,20 @@ class Trainer:
         if not mine:
             return None
         with self.policy.adapter(self.algorithm.behaviour):
-            return self._rollout([samples.texts[i] for i in mine], [samples.keys[i] for i in mine])
+            return self._rollout(
+                [samples.texts[i] for i in mine], [samples.keys[i] for i in mine], samples.conditions_at(mine)
+            )
 
-    def _rollout(self, texts: Sequence[str], keys: Sequence[SampleKey]) -> Trajectory:
+    def _rollout(
+        self, texts: Sequence[str], keys: Sequence[SampleKey], conditions: Mapping[str, Sequence[Any]]
+    ) -> Trajectory:
         parts = []
         size = self.sampler.batch_size
         with self._phase("rollout"):
             for start in range(0, len(texts), size):
                 rows = slice(start, start + size)
-                parts.append(self.sampler.rollout(texts[rows], keys=keys[rows]))
+                given = {name: values[rows] for name, values in conditions.items()}
+                parts.append(self.sampler.rollout(texts[rows], keys=keys[rows], conditions=given))
                 self._tell("rollout", min(start + size, len(texts)), len(texts))
         return Trajectory.cat(parts)
 
@@ -409,6 +422,7 @@ class Trainer:
                 keys=tuple(samples.keys[i] for i in rows),
                 values={name: value[rows] for name, value in prepared.values.items()},
                 trajectory=evidence.select(rows),
+                conditions=samples.conditions_at(rows),
                 metadata=[samples.metadata[i] for i in rows],
                 units=_renumbered(micro),
             )
@@ -468,9 +482,12 @@ class Trainer:
         if self.out is None or not self.config.sample_every or not self.processes.first:
             return
         count = self.config.sample_count
-        texts = [self.sample_prompts[i % len(self.sample_prompts)].text for i in range(count)]
+        prompts = [self.sample_prompts[i % len(self.sample_prompts)] for i in range(count)]
+        texts = [prompt.text for prompt in prompts]
         with self._phase("samples"):
-            trajectory = self.sampler.rollout(texts, keys=sample_keys(texts, self.config.seed, 0))
+            trajectory = self.sampler.rollout(
+                texts, keys=sample_keys(texts, self.config.seed, 0), conditions=conditions_of(prompts)
+            )
             assert trajectory.images is not None
             images = trajectory.images if trajectory.images.ndim == 4 else trajectory.images[:, 0]
             path = self.out / "samples" / f"epoch_{self.epoch:04d}.png"
