@@ -5,6 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -18,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from difftune import cli
 from difftune.reward import Reward, build_reward
 from difftune.serve import ScoreServer
 from difftune.types import UserError
@@ -187,3 +193,31 @@ def test_what_cannot_be_served_is_refused(spec: Any, settings: dict[str, Any], m
 def test_it_listens_on_this_machine_only() -> None:
     with served("brightness") as server:
         assert server.server_address[0] == "127.0.0.1" and server.url.startswith("http://127.0.0.1:")
+
+
+def test_the_command_refuses_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    for arguments, message in (
+        (["brightness", "--key-env", "NO_SUCH_KEY"], "--key-env: the environment variable NO_SUCH_KEY is not set"),
+        (["brightnes"], "unknown reward 'brightnes'"),
+        (["calibrated", "--set", "of=brightness"], "'calibrated' depend on the samples before"),
+        (["brightness", "--port", "70000"], "choose another --port"),
+    ):
+        assert cli.main(["serve", *arguments]) == 2
+        said = capsys.readouterr()
+        assert message in said.err and said.err.count("\n") == 1 and not said.out
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_interrupted() -> None:
+    command = [sys.executable, "-m", "difftune.cli", "serve", "brightness", "--port", "0", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        said = "".join(process.stdout.readline() for _ in range(3))
+        url, key = re.search(r"url: '(\S+)'", said), re.search(r"DIFFTUNE_KEY=(\S+)", said)
+        assert url is not None and key is not None, said
+        assert posted(url[1], asked(), key[1])[1]["scores"] == [0.0]
+        assert posted(url[1], asked(), "another")[0] == 401
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0

@@ -17,6 +17,7 @@ from difftune.cli.generate import generate
 from difftune.cli.listing import doctor, list_, new, schema
 from difftune.cli.messages import explain
 from difftune.cli.score import score
+from difftune.cli.serve import serve
 from difftune.cli.train import train
 
 app = typer.Typer(
@@ -28,7 +29,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for _command in (train, demo, check, generate, evaluate, inspect, report, export, score, list_, new, schema, doctor):
+_RUNS = (train, demo, check, generate, evaluate)
+_FILES = (inspect, report, export, score, serve, list_, new, schema, doctor)
+for _command in (*_RUNS, *_FILES):
     app.command(_command.__name__.rstrip("_"))(_command)
 
 

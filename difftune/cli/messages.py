@@ -44,6 +44,8 @@ _STOPS = {
     "NonFiniteError": "",
     "ParityError": "",
     "CheckpointError": "",
+    "MonitorAlarm": "",
+    "RemoteError": "",
     "OutOfMemoryError": "; lower sampler.batch_size and train.micro_batch, or set gradient_checkpointing: true",
 }
 

@@ -39,7 +39,7 @@ def score(
 
     for file in plugin or []:
         load_plugin(file)
-    scorer = _scorer(reward, settings or [])
+    scorer = build_scorer(reward, settings or [])
     files = _picture_files(images)
     entries = [Prompt(prompt or "")] * len(files) if prompts is None else load_prompts(prompts)
     if len(entries) != len(files):
@@ -71,7 +71,8 @@ def score(
 _ROW = ("image", "prompt", "score")
 
 
-def _scorer(reward: str, settings: Sequence[str]) -> Any:
+def build_scorer(reward: str, settings: Sequence[str]) -> Any:
+    """Build a reward from its name and ``KEY=VALUE`` settings."""
     from difftune.config import load_reward, parse_yaml
     from difftune.types import UserError
 
