@@ -20,6 +20,7 @@ paper). On flow models the same loss runs on the SDE's Gaussians.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch.nn.functional as F
@@ -46,8 +47,10 @@ class D3POConfig(PairsConfig, TransitionConfig):
 
 def preference_logit(winner: Tensor, loser: Tensor, beta: float, clip_range: float) -> Tensor:
     """Return beta (log clamp(rho_w) - log clamp(rho_l)) of log-ratios ``(P,)`` to the base model."""
-    low, high = 1 - clip_range, 1 + clip_range
-    return beta * (winner.exp().clamp(low, high).log() - loser.exp().clamp(low, high).log())
+    # Clamped as logarithms, the same value: the ratio of a step with little noise may be too large for a float.
+    low = math.log(1 - clip_range) if clip_range < 1 else -math.inf
+    high = math.log(1 + clip_range)
+    return beta * (winner.clamp(low, high) - loser.clamp(low, high))
 
 
 def preference_loss(winner: Tensor, loser: Tensor, beta: float, clip_range: float) -> Tensor:
@@ -90,10 +93,10 @@ class D3PO(Paired, TransitionAlgorithm):
         """Return the losses ``(P,)`` of a step's log-ratios ``(B,)``, and how often the winner's is the larger."""
         winner, loser = log_ratio[pairs.winners], log_ratio[pairs.losers]
         loss = preference_loss(winner, loser, self.config.beta, self.config.clip_range)
-        ratio = log_ratio.detach().exp()
+        off = log_ratio.detach().exp() - 1
         stats = {
             "implicit_accuracy": (winner > loser).float(),
-            "clip_fraction": ((ratio - 1).abs() > self.config.clip_range).float(),
+            "clip_fraction": (off.abs() > self.config.clip_range).float(),
             "margin": (winner - loser).detach(),
         }
         return loss * pairs.weights.to(loss), stats

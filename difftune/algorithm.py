@@ -359,7 +359,8 @@ def require_pictures(algorithm: Algorithm, examples: Sequence[Prompt], plan: Pla
             f"algorithm.data: the file has from {counts[0]} to {counts[-1]} pictures a line, expected the same "
             "number in every line; split it into one file for each"
         )
-    if counts[0] == plan.samples_per_prompt or (algorithm.draws_rest and counts[0] < plan.samples_per_prompt):
+    rest = plan.samples_per_prompt - counts[0]
+    if (rest > 0) if algorithm.draws_rest else (rest == 0):
         return
     wanted = counts[0] + (1 if algorithm.draws_rest else 0)
     raise UserError(

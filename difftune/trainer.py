@@ -28,6 +28,7 @@ from torch import Tensor
 from difftune import checkpoint
 from difftune.algorithm import Algorithm, Batch, Context, Plan, Prepared
 from difftune.export import save_adapter, save_weights
+from difftune.labelled import LabelledPictures
 from difftune.policy import Policy
 from difftune.processes import Processes, even_shares
 from difftune.prompts import Prompt, PromptStream, conditions_of, load_prompts
@@ -159,7 +160,11 @@ class Trainer:
         self.epoch = 0
         self.step = 0
         self.parity: dict[str, float] | None = None
-        self._stream = PromptStream(self.prompts, self.config.seed)
+        examples = self.algorithm.examples()
+        self._labelled: LabelledPictures | None = None
+        if examples is not None:
+            self._labelled = LabelledPictures(sampler, algorithm, self.config.samples_per_prompt)
+        self._stream = PromptStream(self.prompts if examples is None else examples, self.config.seed)
         plan = Plan(self.config.prompts_per_epoch, self.config.samples_per_prompt, self.config.updates_per_epoch)
         self.algorithm.check(sampler, self.reward, plan)
         settings_ = self.algorithm.config
@@ -227,10 +232,14 @@ class Trainer:
         prepared = Prepared({})
         if self.algorithm.evidence != "gradient":
             trajectory = self.processes.together(self._draw, samples)
-            scores = self._score(trajectory, samples)
+            groups = samples.texts
+            if self._labelled is None:
+                scores = self._score(trajectory, samples)
+            else:
+                scores, groups = self._labelled.scores(samples.metadata), self._labelled.groups(len(samples))
             if self.parity is None:
                 self.processes.together(self._pass_gate, trajectory)
-            prepared = self.processes.together(self.algorithm.prepare, samples.texts, scores)
+            prepared = self.processes.together(self.algorithm.prepare, groups, scores)
         values = self._update(samples, trajectory, prepared)
         self.algorithm.after_epoch(self.policy, self.step)
         self.epoch = epoch
@@ -277,6 +286,9 @@ class Trainer:
         if not mine:
             return None
         with self.policy.adapter(self.algorithm.behaviour):
+            if self._labelled is not None:
+                with self._phase("rollout"):
+                    return self._labelled.trajectory(mine, samples.texts, samples.keys, samples.metadata)
             return self._rollout(
                 [samples.texts[i] for i in mine], [samples.keys[i] for i in mine], samples.conditions_at(mine)
             )
@@ -327,6 +339,10 @@ class Trainer:
     def _pass_gate(self, trajectory: Trajectory | None) -> None:
         before = self.sampler.denoiser_calls
         with self.policy.adapter(self.algorithm.behaviour):
+            if trajectory is not None and self._labelled is not None:
+                # Pictures that the policy did not draw have no log-probs to come back to: a rollout of its own has.
+                rows = slice(self.sampler.batch_size)
+                trajectory = self.sampler.rollout(trajectory.prompts[rows], keys=trajectory.keys[rows], decode=False)
             self.parity = {} if trajectory is None else self._gate(trajectory)
         self._gate_calls = self.sampler.denoiser_calls - before
 

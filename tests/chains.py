@@ -65,6 +65,10 @@ class Chain(diffusers.DiffusionPipeline):
         pixels = torch.sigmoid(x)
         return (pixels.repeat(1, 12 // x.shape[1]).reshape(-1, 3, 2, 2),)
 
+    def difftune_encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the numbers that a picture ``(B, 3, 2, 2)`` stands for."""
+        return logits(images).to(self.brain.shift)
+
 
 def logits(images: torch.Tensor) -> torch.Tensor:
     """Return the final numbers ``(B, 12)`` behind the pictures."""

@@ -28,7 +28,7 @@ ORDER: list[list[str]] = [
     ["config"],
     ["trainer"],
     ["algorithms", "rewards"],  # plug-ins: see PLUGINS
-    ["checkpoint", "export", "monitor", "processes", "report", "serve", "tracking"],
+    ["checkpoint", "export", "labelled", "monitor", "processes", "report", "serve", "tracking"],
     ["sampler"],
     ["drivers"],
     ["puppet", "denoiser", "prompt_cache", "quirks"],
