@@ -45,7 +45,12 @@ def list_(
 def _algorithms() -> list[tuple[str, str]]:
     from difftune.algorithm import ALGORITHMS
 
-    return [(name, f"{ALGORITHMS.get(name).paper} (needs {ALGORITHMS.get(name).evidence})") for name in ALGORITHMS]
+    rows = [("name", f"{'evidence':<13}{'reward':<16}paper")]
+    for name in ALGORITHMS:
+        kind = ALGORITHMS.get(name)
+        reward = "differentiable" if kind.needs_gradient else "any"
+        rows.append((name, f"{kind.evidence:<13}{reward:<16}{kind.paper}"))
+    return rows
 
 
 def _rewards() -> list[tuple[str, str]]:

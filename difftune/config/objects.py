@@ -192,6 +192,7 @@ def _build_sampler(policy: Policy, config: RunConfig) -> Sampler:
         eta=ETA[dynamics] if sampler.eta is None else sampler.eta,
         dynamics=dynamics,
         window=sampler.window,
+        initial_noise=sampler.initial_noise,
         batch_size=sampler.batch_size,
         height=sampler.height,
         width=sampler.width,

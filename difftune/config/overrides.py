@@ -12,6 +12,7 @@ from typing import Any
 
 from difftune.config.messages import shown
 from difftune.config.yaml12 import parse_value
+from difftune.preferences import SUFFIXES as PREFERENCE_SUFFIXES
 from difftune.prompts import SUFFIXES
 from difftune.types import UserError
 
@@ -61,7 +62,12 @@ def with_absolute_paths(data: dict[str, Any], base: Path) -> dict[str, Any]:
     data = dict(data)
     if isinstance(data.get("plugins"), list):
         data["plugins"] = [_anchored(item, base) if isinstance(item, str) else item for item in data["plugins"]]
-    for section, key, is_path in (("prompts", "source", _is_prompt_file), ("model", "id", _is_model_folder)):
+    paths = (
+        ("prompts", "source", _is_prompt_file),
+        ("model", "id", _is_model_folder),
+        ("algorithm", "data", _is_preference_file),
+    )
+    for section, key, is_path in paths:
         value = data.get(section)
         if isinstance(value, str) and is_path(value, base):
             data[section] = _anchored(value, base)
@@ -76,6 +82,10 @@ def _anchored(path: str, base: Path) -> str:
 
 def _is_prompt_file(value: str, base: Path) -> bool:
     return Path(value).suffix.lower() in SUFFIXES
+
+
+def _is_preference_file(value: str, base: Path) -> bool:
+    return Path(value).suffix.lower() in PREFERENCE_SUFFIXES
 
 
 def _is_model_folder(value: str, base: Path) -> bool:

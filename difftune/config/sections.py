@@ -33,6 +33,9 @@ class SamplerConfig(BaseModel):
     window: list[int] | None = Field(
         None, description="Steps that carry noise and can be trained, counted from 0; null: all. Others are ODE steps."
     )
+    initial_noise: Literal["sample", "prompt"] = Field(
+        "sample", description="Whether each sample begins from noise of its own, or all of a prompt from the same."
+    )
     batch_size: int = Field(16, ge=1, description="Samples per pipeline call; changes memory, not the noise.")
     height: int | None = Field(None, ge=8, description="Height in pixels; null: the pipeline's default.")
     width: int | None = Field(None, ge=8, description="Width in pixels; null: the pipeline's default.")
