@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from difftune.zoo import MODELS, PREFIX, model_path, quality
-from difftune.zoo.clip import contrastive_loss, holds, label_patches, truth
+from difftune.zoo.clip import contrastive_loss, holds, truth
+from difftune.zoo.readouts import Readouts, label_cells, label_clauses, label_patches
 from difftune.zoo.tokenizer import new_tokenizer
 from difftune.zoo.training import AveragedWeights, fit
 from difftune.zoo.world import (
@@ -137,7 +138,37 @@ def test_patches_know_what_they_lie_on():
     assert (labels == 1 + 4 + 2).sum() == 3 and set(labels.unique().tolist()) <= {0, 3, 7}
 
 
-def test_fit_minimises_and_leaves_the_average():
+def test_cells_know_how_much_of_them_is_covered():
+    scene = Scene(1, "white", "square", "black", "plain", seed=3)
+    labels = label_cells([scene])
+    assert labels.shape == (1, 64, 4)
+    # The square is white on black, so a cell's brightness is what is covered of it.
+    brightness = np.asarray(render(scene), dtype=np.float32).mean(2).reshape(8, 2, 4, 8, 2, 4).mean((2, 5)) / 255
+    assert np.abs(labels[0].reshape(8, 8, 2, 2).numpy() - brightness.transpose(0, 2, 1, 3)).max() < 0.1
+
+
+def test_read_outs_cost_least_where_they_are_right():
+    scene = Scene(3, "red", "triangle", "blue", "plain", seed=3)
+    labels = (label_clauses([scene]), label_patches([scene]), label_cells([scene]))
+    torch.manual_seed(0)
+    readouts = Readouts(8, 8, hidden=8, cells=True)
+    features, patches = torch.randn(1, 8), torch.randn(1, 64, 8)
+    optimizer = torch.optim.Adam(readouts.parameters(), 0.05)
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = readouts(features, patches, *labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    other = Scene(1, "green", "circle", "white", "dotted", seed=4)
+    wrong = (label_clauses([other]), label_patches([other]), label_cells([other]))
+    assert readouts(features, patches, *wrong) > losses[-1]
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_fit_minimises_and_leaves_the_average(muon):
     torch.manual_seed(0)
     model = torch.nn.Linear(2, 1)
     snapshots = []
@@ -146,7 +177,8 @@ def test_fit_minimises_and_leaves_the_average():
         [model],
         label="test",
         steps=300,
-        learning_rate=0.1,
+        learning_rate=0.01 if muon else 0.1,
+        muon=muon,
         snapshot=lambda: snapshots.append(model.weight.clone()),
         snapshot_every=100,
     )

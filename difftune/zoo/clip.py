@@ -8,28 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPVisionConfig
 
 from difftune.zoo.autoencoder import to_model
+from difftune.zoo.readouts import PATCH, Readouts, label_clauses, label_patches
 from difftune.zoo.tokenizer import MAX_LENGTH, new_tokenizer, text_config
 from difftune.zoo.training import fit, half_precision
-from difftune.zoo.world import (
-    CLAUSES,
-    COLOURS,
-    COUNTS,
-    PATTERNS,
-    SHAPES,
-    SIZE,
-    Clauses,
-    Scene,
-    caption,
-    layout,
-    parse_caption,
-    render_scenes,
-    sample_caption,
-)
+from difftune.zoo.world import SIZE, Clauses, Scene, caption, parse_caption, render_scenes, sample_caption
 
 STEPS = 3000
 BATCH = 64
@@ -38,16 +25,6 @@ LEARNING_RATE = 1e-3
 SEED = 2
 WIDTH = 128
 PROJECTION = 64
-PATCH = 8
-"""Side of a patch of the image encoder, in pixels."""
-
-_VALUES: dict[str, tuple] = {
-    "count": COUNTS,
-    "colour": tuple(COLOURS),
-    "shape": SHAPES,
-    "background": tuple(COLOURS),
-    "pattern": PATTERNS,
-}
 
 
 def new_clip() -> CLIPModel:
@@ -97,51 +74,6 @@ def contrastive_loss(logits: Tensor, true: Tensor) -> Tensor:
     of_images = cross_entropy(logits, true / true.sum(1, keepdim=True))
     of_captions = cross_entropy(logits.T, (true / true.sum(0, keepdim=True)).T)
     return (of_images + of_captions) / 2
-
-
-class Readouts(nn.Module):
-    """Linear read-outs that teach the image encoder to look and are then thrown away.
-
-    Captions alone say little about where the objects are, and without that shapes and counts are learned late: one
-    read-out names the clauses from the image features, another says of every patch what it lies on.
-    """
-
-    def __init__(self, projected: int, width: int) -> None:
-        super().__init__()
-        self.clauses = nn.ModuleDict({name: nn.Linear(projected, len(values)) for name, values in _VALUES.items()})
-        self.patches = nn.Linear(width, 1 + 2 * len(SHAPES))
-
-    def forward(self, features: Tensor, patches: Tensor, clause_labels: Tensor, patch_labels: Tensor) -> Tensor:
-        """Sum of the mean cross-entropies of both.
-
-        Args:
-            features: Image features (B, projected).
-            patches: Features of the patches (B, 64, width).
-            clause_labels: Labels (B, 5) in the order of `CLAUSES`.
-            patch_labels: Labels (B, 64) of `label_patches`.
-        """
-        losses = [cross_entropy(self.clauses[name](features), clause_labels[:, i]) for i, name in enumerate(CLAUSES)]
-        return torch.stack(losses).mean() + cross_entropy(self.patches(patches).flatten(0, 1), patch_labels.flatten())
-
-
-def label_clauses(scenes: list[Scene]) -> Tensor:
-    """Index of every clause's value: (scenes, 5), in the order of `CLAUSES`."""
-    return torch.tensor([[_VALUES[name].index(getattr(scene, name)) for name in CLAUSES] for scene in scenes])
-
-
-def label_patches(scenes: list[Scene]) -> Tensor:
-    """What every patch lies on: (scenes, 64), row by row.
-
-    0 is background, 1 to 4 an object of each shape, 5 to 8 the middle of one.
-    """
-    middles = PATCH * (np.arange(SIZE // PATCH) + 0.5)
-    labels = np.zeros((len(scenes), SIZE // PATCH, SIZE // PATCH), dtype=np.int64)
-    for label, scene in zip(labels, scenes, strict=True):
-        shape = SHAPES.index(scene.shape)
-        for x, y, radius in layout(scene):
-            label[np.hypot(middles[None, :] - x, middles[:, None] - y) < radius] = 1 + shape
-            label[int(y // PATCH), int(x // PATCH)] = 1 + len(SHAPES) + shape
-    return torch.from_numpy(labels).flatten(1)
 
 
 def train_clip(steps: int = STEPS) -> tuple[CLIPModel, CLIPProcessor]:
