@@ -1,4 +1,4 @@
-r"""AWM: advantage-weighted matching (Xue et al. 2025).
+r"""AWM: advantage-weighted matching (Xue et al. 2025, arXiv 2509.25050).
 
 The flow-matching error of a finished sample stands in for its log-prob, and the policy gradient is taken of it,
 
@@ -68,7 +68,7 @@ def surrogate_log_prob(error: Tensor, t: float, weighting: str) -> Tensor:
 class AWM(SampleAlgorithm):
     """AWM; see the module's docstring."""
 
-    paper = "Advantage Weighted Matching: Aligning RL with Pretraining in Diffusion Models, Xue et al. 2025"
+    paper = "Advantage Weighted Matching: Aligning RL with Pretraining, Xue et al. 2025, arXiv 2509.25050"
     Config = AWMConfig
     compares = "standardises rewards"
     metrics = {

@@ -1,4 +1,4 @@
-r"""DiffusionNFT: online reinforcement on the forward process (Zheng et al. 2025).
+r"""DiffusionNFT: online reinforcement on the forward process (Zheng et al. 2025, arXiv 2509.16117).
 
 No log-probs and any sampler: an *old* policy draws samples, and the trained one is pulled towards the good and pushed
 from the bad ones, along the way from the old prediction to its own. With r in [0, 1] and beta the step of that way,
@@ -73,7 +73,7 @@ def contrastive_loss(
 class NFT(SampleAlgorithm):
     """DiffusionNFT; see the module's docstring."""
 
-    paper = "DiffusionNFT: Online Diffusion Reinforcement with Forward Process, Zheng et al. 2025"
+    paper = "DiffusionNFT: Online Diffusion Reinforcement with Forward Process, Zheng et al. 2025, arXiv 2509.16117"
     Config = NFTConfig
     compares = "standardises rewards"
     metrics = {
