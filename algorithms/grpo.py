@@ -12,8 +12,9 @@ noisy step of the sampler's SDE, with a KL to the base model:
 The published variants are settings:
 
 - Flow-GRPO: the defaults, with ``sampler.dynamics: flow_sde`` (``sampler.eta`` 0.7) and 10 steps.
-- Flow-GRPO-Fast, MixGRPO: ``sampler.window`` with the few steps that carry noise; the others are ODE steps. MixGRPO
-  also standardises several rewards apart before adding them (``mix: parts``). Its window does not slide here.
+- Flow-GRPO-Fast, MixGRPO: ``sampler.window`` with the few steps that carry noise, the others being ODE steps: of
+  ``kind: random``, or of ``kind: sliding`` (MixGRPO: size 4 of 25 steps, every 25 epochs). MixGRPO also standardises
+  several rewards apart before adding them (``mix: parts``).
 - DanceGRPO (Xue et al. 2025): ``sampler.dynamics: dance_sde`` (eta 0.3), ``sampler.initial_noise: prompt``,
   ``global_std: false``, ``kl_weight: 0``, ``timestep_fraction: 0.6``.
 - CPS (Wang & Yu 2025): ``sampler.dynamics: cps``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import chains
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from difftune.advantage import normalize_groups
-from difftune.algorithm import Plan, build_algorithm
+from difftune.algorithm import Batch, Context, Plan, build_algorithm
+from difftune.algorithms._value import ValueNet, features
 from difftune.algorithms.dpok import clamped_loss
 from difftune.algorithms.grpo import guarded_log_ratio
 from difftune.reward import FunctionReward
 from difftune.sampler import StepView
+from difftune.trainer import Trainer
 from difftune.transition import Gaussian, flow_sde
 from difftune.types import RewardOutput, UserError
 
@@ -104,6 +107,30 @@ def test_the_first_update_has_ratio_one_and_loss_minus_the_mean_advantage(chain:
     sampler.replay(traj, check)
 
 
+@pytest.mark.parametrize("chain", ["diffusion", "flow"])
+def test_the_guard_divides_by_the_steps_size(chain: str) -> None:
+    """At the first update every ratio is 1, so equal advantages A cost -A / |dt| at each step."""
+    sampler = chains.sampler(chain)
+    traj = sampler.rollout(["a"] * 3)
+    levels = [sampler.level(float(t)).sigma for t in traj.times] + [0.0]
+    sizes = [levels[k] - levels[k + 1] for k in traj.stochastic_steps]
+    batch = Batch(traj.prompts, traj.keys, {"advantage": torch.full((3,), 2.0)}, traj)
+    reward = FunctionReward("r", lambda images, prompts: images.flatten(1).mean(1), True)
+    context = Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0)
+    metrics = build_algorithm("grpo", kl_weight=0.0, ratio="guard").accumulate(batch, context)
+    assert metrics["loss"] == pytest.approx(-2.0 * sum(1 / size for size in sizes) / len(sizes), rel=1e-3)
+
+
+def test_samples_of_a_prompt_may_begin_from_the_same_noise() -> None:
+    """DanceGRPO: x_T is the prompt's, the noise of the steps the sample's; another epoch has another x_T."""
+    sampler = chains.sampler("flow", initial_noise="prompt")
+    traj = sampler.rollout(["a", "b", "a"])
+    assert torch.equal(traj.states[0, 0], traj.states[2, 0]) and not torch.equal(traj.states[0, 0], traj.states[1, 0])
+    assert not torch.equal(traj.states[0, -1], traj.states[2, -1])
+    assert not torch.equal(sampler.rollout(["a"], epoch=1).states[0, 0], traj.states[0, 0])
+    assert sampler.check_parity(traj)["max_ratio_error"] == 0
+
+
 @pytest.mark.parametrize("dynamics", ["flow_sde", "dance_sde", "cps"])
 def test_every_published_dynamics_trains(dynamics: str) -> None:
     sampler = chains.sampler("flow", dynamics=dynamics, eta=0.5, window=[1, 2])
@@ -113,6 +140,70 @@ def test_every_published_dynamics_trains(dynamics: str) -> None:
     values = {"advantage": torch.tensor([1.0, -1.0, 0.5])}
     sampler.replay(traj, lambda view: grpo.step_loss(view, values, None)[0].mean().backward())
     assert float(sampler.policy.parameters()[0].grad.norm()) > 0  # type: ignore[union-attr]
+
+
+def surrogate_slope(name: str, ratio: float, advantage: float) -> float:
+    """The derivative of a method's loss of one step by the log-prob, through its own settings."""
+    log_prob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    view: Any = SimpleNamespace(log_prob=log_prob, old_log_prob=torch.zeros(1, dtype=torch.float64), dims=1)
+    method: Any = build_algorithm(name, clip_range=0.1, kl_weight=0.0)
+    values = {"advantage": torch.tensor([advantage], dtype=torch.float64)}
+    method.step_loss(view, values, None)[0].sum().backward()
+    assert log_prob.grad is not None
+    return float(log_prob.grad)
+
+
+def test_dpoks_loss_is_the_plain_clamp_and_ddpos_the_maximum() -> None:
+    """C27, through the algorithms: raised though it should fall, DPOK has no gradient and DDPO is pulled back."""
+    assert surrogate_slope("dpok", 1.2, -1.0) == 0
+    assert surrogate_slope("dpok", 1.05, -1.0) == pytest.approx(10.0 * 1.05, abs=1e-10)  # reward_weight is 10
+    for name in ("ddpo", "grpo"):
+        assert surrogate_slope(name, 1.2, -1.0) == pytest.approx(1.2, abs=1e-10)
+        assert surrogate_slope(name, 1.2, 1.0) == 0
+
+
+def test_the_value_network_learns_what_the_states_tell() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 3, 8, 8, generator=generator) + torch.randn(400, 1, 1, 1, generator=generator)
+    target = x.flatten(1).mean(1)
+    rows = features(x, 0.5, ["a red cat"] * 400)
+    net = ValueNet(lr=1e-3, buffer=1000)
+    assert net(rows).eq(0).all()
+    net.remember(rows, target)
+    before = float(target.square().mean())
+    net.fit(300, 128)
+    assert float((net(rows) - target).square().mean()) < 0.1 * before
+    again = ValueNet(lr=1e-3, buffer=1000)
+    again.load_state_dict(net.state_dict())
+    net.fit(2, 16), again.fit(2, 16)
+    assert torch.equal(net(rows), again(rows))
+    net.remember(rows, target), net.remember(rows, target)
+    assert len(net.state_dict()["rows"]) == 1000
+
+
+def test_value_features_tell_words_levels_and_pictures_apart() -> None:
+    x = torch.randn(2, 4, 6)
+    a = features(x, 0.5, ["red cat", "blue cat"])
+    assert a.shape == features(torch.randn(2, 40, 40, 40), 0.1, ["", "a"]).shape
+    assert not torch.equal(a[:1, 64:], a[1:, 64:]) and not torch.equal(features(x, 0.4, ["red cat"] * 2), a)
+
+
+def test_dpok_measures_from_the_value_network_and_resumes() -> None:
+    def make() -> Trainer:
+        sampler = chains.sampler("diffusion")
+        return Trainer(
+            policy=sampler.policy, sampler=sampler, algorithm=build_algorithm("dpok", baseline="value", value_lr=1e-2),
+            reward=FunctionReward("r", lambda images, p: chains.logits(images).mean(1), True), prompts=["a", "b"],
+            epochs=3, prompts_per_epoch=2, samples_per_prompt=8, updates_per_epoch=2, micro_batch=8,
+        )  # fmt: skip
+
+    whole, first, second = make(), make(), make()
+    records = list(whole)
+    assert "value_error" in records[0].values and records[0]["value_error"] > 0
+    next(iter(first))
+    second.load_state_dict(first.state_dict())
+    list(second)
+    assert torch.equal(whole.policy.parameters()[0], second.policy.parameters()[0])
 
 
 def test_dpok_subtracts_what_a_prompt_usually_gets() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from difftune.advantage import Pairs, pairs_of, preference_units
 from difftune.algorithm import Endpoints, Point, build_algorithm, squared_error
-from difftune.algorithms import d3po, diffusion_dpo, kto
+from difftune.algorithms import d3po, diffusion_dpo, kto, seppo
 from difftune.transition import Level
 from difftune.types import RewardOutput
 
@@ -242,6 +242,94 @@ def test_ktos_labels_are_about_the_prompts_mean() -> None:
     prepared = build_algorithm("kto").prepare(PROMPTS, RewardOutput(REWARDS))
     assert prepared.values["label"].tolist() == [-1, 1, 0, 0, 0, 0]
     assert prepared.units == [[0, 1, 2]]
+
+
+def test_a_threshold_judges_samples_by_themselves() -> None:
+    """Labels do not depend on the prompt's other samples, and z is a mean over as many samples as asked for."""
+    judge = build_algorithm("kto", threshold=2.0, baseline_samples=2)
+    prepared = judge.prepare(PROMPTS, RewardOutput(REWARDS))
+    assert prepared.values["label"].tolist() == [-1, 1, 0, 1, 1, 1]
+    assert prepared.units == [[0, 1], [3, 4], [5]]
+
+
+@pytest.mark.parametrize("chain", ["diffusion", "flow"])
+def test_ktos_first_update_costs_half_the_weight(chain: str) -> None:
+    """C47 for Diffusion-KTO: w / 2 at theta = ref."""
+    kto_: Any = build_algorithm("kto", desirable_weight=2.0, undesirable_weight=2.0)
+    metrics = accumulate(kto_, chains.sampler(chain), ["a"] * 4, [[0, 1, 2, 3]])
+    assert metrics["loss"] == pytest.approx(1.0, abs=1e-5) and metrics["gain"] == pytest.approx(0, abs=1e-6)
+
+
+# -- SePPO -------------------------------------------------------------------------------------------------------
+
+
+def test_the_anchor_says_who_fits_the_winner_better() -> None:
+    """C54: s = 1 where the policy does, -1 where the reference does, 0 where they are equal."""
+    gain = double(0.3, -0.2, 0.0).requires_grad_()
+    assert seppo.anchor_sign(gain, "sign").tolist() == [1.0, -1.0, 0.0]
+    assert seppo.anchor_sign(gain, "indicator").tolist() == [1.0, 0.0, 0.0]
+    assert seppo.anchor_sign(gain, "off").tolist() == [1.0, 1.0, 1.0]
+    assert not seppo.anchor_sign(gain, "sign").requires_grad
+
+
+def test_at_the_reference_only_the_winner_has_a_gradient() -> None:
+    """C54 and C47: ln 2, -beta / 4 by the winner's gain and exactly 0 by the reference sample's."""
+    winner, sample = double(0.0).requires_grad_(), double(0.0).requires_grad_()
+    loss = seppo.semi_policy_loss(winner, sample, seppo.anchor_sign(winner, "sign"), 3.0)
+    loss.sum().backward()
+    assert float(loss.detach()) == pytest.approx(LN2, abs=1e-12)
+    assert winner.grad is not None and sample.grad is not None
+    assert float(winner.grad) == pytest.approx(-3.0 / 4, abs=1e-12) and float(sample.grad) == 0
+
+
+@pytest.mark.parametrize(("s", "direction"), [(1.0, 1.0), (-1.0, -1.0)])
+def test_a_reference_sample_is_a_loser_or_another_winner(s: float, direction: float) -> None:
+    """C54: with s = 1 the loss is Diffusion-DPO's; with s = -1 the logit is the sum of two winners' terms."""
+    winner, sample, beta = double(0.4), double(0.1).requires_grad_(), 2.0
+    loss = seppo.semi_policy_loss(winner, sample, double(s), beta)
+    expected = -torch.nn.functional.logsigmoid(beta / 2 * (winner - s * sample))
+    torch.testing.assert_close(loss, expected)
+    if s > 0:
+        torch.testing.assert_close(loss, diffusion_dpo.preference_loss(-winner, -sample, beta))
+    loss.sum().backward()
+    assert sample.grad is not None and float(sample.grad) * direction > 0
+
+
+@pytest.mark.parametrize("chain", ["diffusion", "flow"])
+def test_seppos_first_update_costs_ln_2(chain: str) -> None:
+    sampler = chains.sampler(chain)
+    algorithm = build_algorithm("seppo")
+    algorithm.setup(sampler.policy)
+    metrics = accumulate(algorithm, sampler, ["a", "a"], [[0, 1]])
+    assert metrics["loss"] == pytest.approx(LN2, abs=1e-6) and metrics["anchor"] == 0
+
+
+def test_the_reference_is_a_checkpoint_of_the_run() -> None:
+    """After n checkpoints it is one of the newest, or the base model; first and latest are what they say."""
+    for form, allowed in (("uniform", {0.0, 3.0, 4.0, 5.0}), ("first", {0.0}), ("latest", {5.0})):
+        policy = chains.sampler("flow").policy
+        algorithm = build_algorithm("seppo", reference=form, checkpoint_every=2, checkpoints=3)
+        algorithm.setup(policy)
+        found = set()
+        for step in range(1, 11):
+            policy.parameters()[0].data.fill_(step / 2)
+            algorithm.after_step(policy, step)
+        for epoch in range(40):
+            # The draw is keyed by the step, so other steps draw others; 5 checkpoints exist throughout.
+            algorithm.config = algorithm.config.model_copy(update={"checkpoint_every": 2 + epoch})
+            algorithm.after_epoch(policy, 5 * (2 + epoch))
+            with policy.adapter("anchor"):
+                found.add(float(policy.parameters()[0][0]))
+        assert found == allowed, (form, found)
+
+
+def test_d3pos_clamp_holds_ratios_that_no_float_can() -> None:
+    winner = double(500.0, -500.0).requires_grad_()
+    loss = d3po.preference_loss(winner, double(0.0, 0.0), 0.1, 0.1)
+    loss.sum().backward()
+    assert winner.grad is not None and winner.grad.eq(0).all() and bool(torch.isfinite(loss).all())
+    near = double(-0.09, 0.0, 0.08)
+    torch.testing.assert_close(d3po.preference_logit(near, double(0.0, 0.0, 0.0), 0.1, 0.1), 0.1 * near)
 
 
 # -- units in the trainer ----------------------------------------------------------------------------------------

@@ -127,6 +127,85 @@ def test_two_passes_give_the_gradient_of_the_whole_graph(chain: str, reduce: str
     assert metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
 
 
+def linear_chain(a: float, beta: float) -> tuple[list[float], list[float], float]:
+    """Return the 50-step chain's noise, the shifts of the predicted noise that tilt it by e^{a x / beta}, and kappa_T.
+
+    The best policy moves each step's mean by S^2 kappa a / beta, where kappa is how the final number follows the state.
+    """
+    bars = [1.0, *torch.cumprod(1 - torch.linspace(1e-3, 0.25, 50, dtype=torch.float64), 0).tolist()]
+    slopes, stds, coefficients = [], [], []
+    for t in range(50, 0, -1):
+        bar, below = bars[t], bars[t - 1]
+        std = ((1 - below) / (1 - bar) * (1 - bar / below)) ** 0.5
+        c1 = (1 - below - std**2) ** 0.5 / (1 - bar) ** 0.5
+        c2 = below**0.5 - bar**0.5 * c1
+        gain = bar**0.5 * chains.S0**2 / (bar * chains.S0**2 + 1 - bar)
+        slopes.append(c1 + c2 * gain)
+        stds.append(std)
+        coefficients.append((1 - below - std**2) ** 0.5 - (below * (1 - bar) / bar) ** 0.5)
+    kappa, shifts = 1.0, []
+    for slope, std, coefficient in zip(slopes[::-1], stds[::-1], coefficients[::-1], strict=True):
+        shifts.append(std**2 * kappa * a / beta / coefficient)
+        kappa *= slope
+    return stds, shifts, kappa  # shifts[t] belongs to timestep t, the last step first
+
+
+@pytest.mark.parametrize("initial_noise", ["prompt", "sample"])
+def test_at_the_optimum_only_the_initial_noise_is_left(initial_noise: Any) -> None:
+    """The loss of a pair is (a kappa_T / beta)^2 (x_T - x_T')^2 there, hence 0 where the pair shares x_T."""
+    a, beta = 0.8, 0.5
+    _, shifts, kappa = linear_chain(a, beta)
+    assert kappa == pytest.approx(0.0157036623, abs=1e-9)
+    sampler = chains.t1(initial_noise=initial_noise)
+    sampler.policy.parameters()[0].data[:, 0] = torch.tensor(shifts, dtype=torch.float64)
+    traj = sampler.rollout(["a", "a"])
+    start, final = traj.states[:, 0, 0], traj.states[:, -1, 0]
+    assert bool(start[0] == start[1]) == (initial_noise == "prompt") and final[0] != final[1]
+    algorithm = build_algorithm("rdp", beta=beta, clip_range=None, reduce="sum", ties="keep")
+    batch = Batch(traj.prompts, traj.keys, {"reward": a * final}, traj, units=[[0, 1]])
+    reward = FunctionReward("r", lambda images, p: images.flatten(1).mean(1), True)
+    metrics = algorithm.accumulate(batch, Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0))
+    floor = (a * kappa / beta * float(start[0] - start[1])) ** 2
+    assert metrics["loss"] == pytest.approx(floor, rel=1e-4, abs=1e-8)
+    assert float((a * (final[0] - final[1]) / beta) ** 2) > 1e-3  # what it would be at the base model
+
+
+def test_rebels_repeats_tilt_the_policy_again_and_again() -> None:
+    """C28: regression from the policy that sampled gives p1 = p0 e^{A / eta} / Z, and n of them e^{n A / eta}."""
+    start, advantage, eta = double(0.1, 0.2, 0.3, 0.25, 0.15), double(0.5, -1.0, 0.2, 1.5, -0.7), 1.3
+    pairs = pairs_of(advantage, [list(range(5))], ties=True)
+    policy = start.log()
+    for repeat in range(1, 4):
+        logits = policy.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([logits], lr=1, max_iter=400, tolerance_grad=1e-14, tolerance_change=1e-16)
+
+        def closure(logits: Any = logits, optimizer: Any = optimizer, old: torch.Tensor = policy) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = difference_loss(torch.log_softmax(logits, 0) - old, advantage, pairs, eta).mean()
+            loss.backward()
+            return loss
+
+        for _ in range(5):
+            optimizer.step(closure)
+        policy = torch.log_softmax(logits, 0).detach()
+        tilted = start * torch.exp(repeat * advantage / eta)
+        torch.testing.assert_close(policy.exp(), tilted / tilted.sum(), atol=1e-6, rtol=0)
+
+
+def test_rebel_begins_at_nothing_predicted_wherever_the_policy_is() -> None:
+    sampler = chains.sampler("diffusion")
+    sampler.policy.parameters()[0].data += 0.2  # far from the base model, and sampled like that
+    traj = sampler.rollout(["a", "a"])
+    batch = Batch(traj.prompts, traj.keys, {"reward": torch.tensor([1.0, 0.0])}, traj, units=[[0, 1]])
+    reward = FunctionReward("r", lambda images, p: images.flatten(1).mean(1), True)
+    explained = {}
+    for reference in ("rollout", "base"):
+        algorithm = build_algorithm("rdp", reference=reference, clip_range=None, beta=0.5)
+        context = Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0)
+        explained[reference] = algorithm.accumulate(batch, context)["explained"]
+    assert explained["rollout"] == pytest.approx(0, abs=1e-6) and abs(explained["base"]) > 1e-4
+
+
 def test_the_units_convert() -> None:
     """Means over T steps and d dimensions with beta are sums with beta / (T d), up to a factor of the loss."""
     r_hat, rewards = torch.randn(3, 4, dtype=torch.float64), double(1.0, 0.0, 2.0)

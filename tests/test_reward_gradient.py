@@ -131,6 +131,23 @@ def test_stopped_inputs_leave_the_schedulers_linear_terms(chain: str) -> None:
     assert not torch.allclose(got, full, rtol=1e-2)
 
 
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_an_early_stop_scores_what_the_step_predicts(stop: int) -> None:
+    """DRTune on the flow chain: from any x_m, x0-hat moves by -sigma_0 = -1 with a shift of all velocities up to m.
+
+    The steps' own slopes, sigma_{k+1} - sigma_k, and the prediction's, -sigma_m, add up to that.
+    """
+    zero = torch.zeros(chains.DIMS, dtype=torch.float64)
+    sampler = chains.sampler("flow", steps=6, shift=zero, dynamics="ode", eta=0.0)
+    share = (stop + 0.1) / 6
+    sampler.rollout(PROMPTS)
+    calls = sampler.denoiser_calls
+    got = gradient("drtune", sampler, trained_steps=6, stop_range=(share, share))
+    torch.testing.assert_close(got, torch.full_like(got, 1.0 / chains.DIMS), atol=1e-5, rtol=1e-4)
+    # Two whole rollouts inside ``gradient``, then as many steps as were sampled.
+    assert sampler.denoiser_calls - calls == 2 * 6 + stop + 1
+
+
 def test_spaced_steps_are_even_and_within() -> None:
     assert spaced_steps(4, 20, 0.0) == [0, 5, 10, 15]
     assert spaced_steps(4, 20, 0.99) == [4, 9, 14, 19]

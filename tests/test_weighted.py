@@ -45,6 +45,13 @@ def test_softmax_weights_have_mean_one_and_know_no_offset() -> None:
     assert float(by_prompt[:2].sum()) == pytest.approx(2, abs=1e-6)
 
 
+def test_rwrs_beta_multiplies_the_reward() -> None:
+    """C33, through the algorithm."""
+    weight = build_algorithm("rwr", beta=0.2).prepare(["a"] * 3, RewardOutput(torch.tensor([0.0, 1.0, 3.0])))
+    got = weight.values["weight"]
+    assert float(got[1] / got[0]) == pytest.approx(math.exp(0.2), abs=1e-6) and float(got.sum()) == pytest.approx(3)
+
+
 def test_plain_exponential_weights_scale_with_the_offset() -> None:
     """C50: adding c to all rewards multiplies Flow-RWR's loss by e^c and leaves its minimiser."""
     rwr = build_algorithm("rwr", weights="exp", beta=1.0)
