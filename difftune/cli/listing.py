@@ -74,7 +74,7 @@ def _reward_facts(spec: str) -> list[str]:
     if not spec.lstrip().startswith(("{", "[")):
         builder: Any = REWARDS.get(spec)
         # A function becomes a reward without being called; a class may load weights, and says what it is by itself.
-        found = builder if inspect.isclass(builder) else builder()
+        found: Any = builder if inspect.isclass(builder) else builder()
         settings = reward_settings(spec)
         lines = [spec, first_line(builder)]
         given = [key if p.default is p.empty else f"{key}={p.default!r}" for key, p in settings.items()]
