@@ -21,8 +21,11 @@
 
 # %%
 import os
+import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 import difftune as dt
@@ -57,8 +60,11 @@ reward(before.images, before.prompts).total
 #
 # The trainer is a generator: it yields one record per epoch, and what happens with it is up to you. Before the first
 # update it replays a rollout and verifies that every probability ratio is exactly 1.
+#
+# A run has a folder of its own, named by the time: run the notebook again and there is another.
 
 # %%
+out = Path("runs", time.strftime("notebook-lora-%Y%m%d-%H%M%S"))
 trainer = dt.Trainer(
     policy=policy,
     sampler=sampler,
@@ -69,12 +75,13 @@ trainer = dt.Trainer(
     prompts_per_epoch=16,
     samples_per_prompt=4,
     micro_batch=32,
-    out="runs/notebook-lora",
+    out=out,
 )
 history = []
 for metrics in trainer:
     history.append(metrics)
     print(f"epoch {metrics.epoch:3d}  reward {metrics['reward/mean']:.3f}  grad norm {metrics['grad_norm']:.2g}")
+assert np.isfinite([m["reward/mean"] for m in history]).all()
 trainer.parity
 
 # %%
@@ -90,6 +97,7 @@ plt.show()
 
 # %%
 files = trainer.save()
+assert (out / "adapter/pytorch_lora_weights.safetensors").is_file()
 [str(file) for file in files]
 
 # %%
@@ -108,8 +116,10 @@ def draw(pipeline):
 
 
 base = draw(stock)
-stock.load_lora_weights("runs/notebook-lora/adapter")
+stock.load_lora_weights(str(out / "adapter"))
 tuned = draw(stock)
+# The file changes what the stock pipeline draws.
+assert all(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(base, tuned, strict=True))
 
 # %% [markdown]
 # Base above, tuned below: same prompts, same noise.

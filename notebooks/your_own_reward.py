@@ -78,6 +78,7 @@ trainer = dt.Trainer(
     micro_batch=32,
 )
 curve = [metrics["reward/mean"] for metrics in trainer]
+assert len(curve) == trainer.config.epochs and torch.tensor(curve).isfinite().all()
 plt.plot(range(1, len(curve) + 1), curve)
 plt.xlabel("epoch")
 plt.ylabel("blueness")
@@ -88,6 +89,7 @@ plt.show()
 
 # %%
 after = sampler.rollout(prompts * 4, seed=3)
+assert (after.images != before.images).flatten(1).any(1).all()  # every picture has changed
 print("blueness before", float(blueness(before.images, prompts * 4).mean()))
 print("blueness after ", float(blueness(after.images, prompts * 4).mean()))
 figure, axes = plt.subplots(2, 8, figsize=(12, 3))
