@@ -9,7 +9,8 @@ packages that are not required here). What those processors compute is done on t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +32,22 @@ class Judge:
         model: embedded name, folder or hub id.
         revision: branch, tag or commit of a hub id.
         dtype: precision of the model.
+        state: weights in place of the model's own, of which only the configuration and the tokenizer are read then.
+        tokens: special tokens that the tokenizer gets on top.
 
     Attributes:
         model: the network, frozen.
     """
 
-    def __init__(self, name: str, model: str, revision: str | None, dtype: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        revision: str | None,
+        dtype: str,
+        state: Mapping[str, Tensor] | None = None,
+        tokens: Sequence[str] = (),
+    ) -> None:
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
         source = embedded(name, model)
@@ -48,10 +59,25 @@ class Judge:
                 f"reward {name!r}: {model} is of the family {self.family!r}, expected {', '.join(_FAMILIES)}; serve it "
                 "and use vlm_server"
             )
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=floating(name, dtype), **pinned)
-        self.model.eval().requires_grad_(False)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(source, **pinned)
+        self.tokenizer.add_tokens(list(tokens), special_tokens=True)
+        precision = floating(name, dtype)
+        if state is None:
+            self.model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=precision, **pinned)
+        else:
+            self.model = filled(name, AutoConfig.from_pretrained(source, **pinned), state).to(precision)
+        self.model.eval().requires_grad_(False)
         self._pictures = (_Qwen if self.family in _QWEN else _Llava)(source, pinned, self.model.config)
+
+    def resize_to(self, pixels: int) -> None:
+        """Take pictures at ``pixels`` pixels, whatever the model's own bounds; for models of any size of picture.
+
+        Raises:
+            UserError: the model's pictures have one size.
+        """
+        if not isinstance(self._pictures, _Qwen):
+            raise UserError(f"reward {self.name!r}: the family {self.family!r} takes pictures of one size only")
+        self._pictures.least = self._pictures.most = pixels
 
     def token(self, word: str) -> int:
         """Return the first token of ``word``, as an answer begins with it."""
@@ -67,6 +93,17 @@ class Judge:
             pictures: what the question is about, each ``(3, H, W)`` in [0, 1].
             question: the user's words.
         """
+        out = self.model(**self._inputs(pictures, question), use_cache=False)
+        return out.logits[0, -1].float()
+
+    def hidden_states(self, pictures: Sequence[Tensor], question: str, token: str) -> Tensor:
+        """Return the last hidden states ``(n, D)``, fp32, where the special token ``token`` stands in the question."""
+        inputs = self._inputs(pictures, question)
+        out = self.model.model(**inputs, use_cache=False).last_hidden_state[0]
+        return out[inputs["input_ids"][0] == self.tokenizer.convert_tokens_to_ids(token)].float()
+
+    def _inputs(self, pictures: Sequence[Tensor], question: str) -> dict[str, Any]:
+        """Return what the network takes for pictures and a question."""
         device = self.model.device
         extra, counts = self._pictures([picture.to(device) for picture in pictures], self.model.dtype)
         image = self.model.config.image_token_id
@@ -79,8 +116,7 @@ class Judge:
         tokens = torch.tensor([ids], device=device)
         if self.family in _QWEN:
             extra["mm_token_type_ids"] = (tokens == image).long()
-        out = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **extra)
-        return out.logits[0, -1].float()
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **extra}
 
     def _text(self, pictures: int, question: str) -> str:
         """Return the conversation as text, with a mark where each picture goes."""
@@ -103,6 +139,40 @@ class Judge:
 
 
 _MARK = "\x00"
+
+
+_MOVED = {"visual.": "model.visual.", "model.": "model.language_model."}
+_TOWERS = re.compile(r"^(visual\.|model\.(?!visual\.|language_model\.))")
+
+
+def filled(name: str, config: Any, state: Mapping[str, Tensor]) -> Any:
+    """Return a Qwen2-VL of a configuration with weights in the layout of transformers 4.45: ``visual``, ``model``.
+
+    The vocabulary is as long as the weights say. No random weights are drawn on the way.
+
+    Raises:
+        UserError: weights are missing, left over, or of another size.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForImageTextToText
+
+    renamed = {}
+    for key, value in state.items():
+        # Both towers moved below "model": the language model's layers were there alone before.
+        renamed[_TOWERS.sub(lambda match: _MOVED[match[0]], key)] = value
+    table = renamed.get("model.language_model.embed_tokens.weight")
+    if table is not None:
+        config.text_config.vocab_size = len(table)
+    with init_empty_weights():
+        network = AutoModelForImageTextToText.from_config(config)
+    if "lm_head.weight" not in renamed and table is not None:
+        renamed["lm_head.weight"] = table
+    try:
+        network.load_state_dict(renamed, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"reward {name!r}: the weights do not fit the model ({reason})") from None
+    return network
 
 
 class _Llava:

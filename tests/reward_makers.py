@@ -340,6 +340,24 @@ def qwen_folder(folder: Path) -> dict[str, Any]:
     return {"model": str(folder / "qwen")}
 
 
+def hpsv3_file(folder: Path) -> dict[str, Any]:
+    """Write HPSv3.safetensors in the layout of transformers 4.45: a Qwen2-VL, one token more, and the head."""
+    from safetensors.torch import load_file, save_file
+
+    model = qwen_folder(folder)["model"]
+    state = load_file(Path(model) / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+
+    for number, rows, columns in ((0, 24, 32), (3, 12, 24), (5, 2, 12)):
+        state[f"rm_head.{number}.weight"] = 0.1 * torch.randn(rows, columns, generator=generator)
+        # Every other unit is on, far from the kink that a finite difference would trip over.
+        state[f"rm_head.{number}.bias"] = 3.0 * (-1) ** torch.arange(rows) if number < 5 else torch.zeros(rows)
+    save_file(state, folder / "HPSv3.safetensors")
+    weights = str(folder / "HPSv3.safetensors")
+    told = "Rate the picture for: {text_prompt}\n"
+    return {"instruction": told, "model": model, "weights": weights, "pixels": 4096, "dtype": "float32"}
+
+
 # How each reward of the registry is built in the common suite
 
 
@@ -449,6 +467,7 @@ CASES: dict[str, Case] = {
     "pickscore": Case(clip_file),
     "hpsv2": Case(hps_file),
     "hpsv2_1": Case(hps_file),
+    "hpsv3": Case(hpsv3_file),
     "social_reward": Case(lambda folder: {**clip_file(folder), "activation": "gelu"}),
     "aesthetic": Case(aesthetic_file),
     "aesthetic_v25": Case(siglip_folder),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reward_makers import byte_tokenizer, llava_folder, qwen_folder
+from reward_makers import byte_tokenizer, hpsv3_file, llava_folder, qwen_folder
 from torch import Tensor
 
 from difftune.reward import build_reward
@@ -126,3 +126,48 @@ def test_other_families_are_sent_to_a_server(tmp_path: Path) -> None:
     byte_tokenizer(tmp_path)
     with pytest.raises(UserError, match="is of the family 'blip', expected llava, qwen2_vl.*use vlm_server"):
         Judge("x", str(tmp_path), None, "float32")
+
+
+# HPSv3
+
+
+def test_hpsv3_is_the_head_on_the_hidden_state_at_its_token(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
+
+    settings = hpsv3_file(tmp_path)
+    out = build_reward("hpsv3", **settings)(pictures(64, 64), ["a cat", "a <|Reward|> dog"])
+    model = Qwen2VLForConditionalGeneration.from_pretrained(settings["model"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(settings["model"])
+    tokenizer.add_tokens(["<|Reward|>"], special_tokens=True)
+    processor: Any = Qwen2VLImageProcessor.from_pretrained(settings["model"])
+    state = load_file(settings["weights"])
+    for index, (picture, prompt) in enumerate(zip(pictures(64, 64), ("a cat", "a   dog"), strict=True)):
+        features = processor(images=as_pil(picture), return_tensors="pt")
+        seen = "<|vision_start|>" + "<|image_pad|>" * 16 + "<|vision_end|>"
+        told = f"Rate the picture for: {prompt}\nPlease provide the overall ratings of this image: <|Reward|>\n\nEND"
+        inputs = tokenizer(f"<|im_start|>user\n{seen}{told}<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt")
+        with torch.no_grad():
+            kinds = (inputs.input_ids == 2).long()
+            hidden = model.model(**inputs, **features, mm_token_type_ids=kinds).last_hidden_state[0]
+        x = hidden[inputs.input_ids[0] == tokenizer.convert_tokens_to_ids("<|Reward|>")]
+        assert len(x) == 1
+        for number in (0, 3, 5):
+            x = x @ state[f"rm_head.{number}.weight"].T + state[f"rm_head.{number}.bias"]
+            x = x.relu() if number < 5 else x
+        assert out.total[index].item() == pytest.approx(x[0, 0].item(), abs=1e-4)
+        assert out.uncertainty is not None
+        assert out.uncertainty[index].item() == pytest.approx(x[0, 1].exp().item(), abs=1e-4)
+
+
+def test_hpsv3_says_what_does_not_fit(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    settings = hpsv3_file(tmp_path)
+    with pytest.raises(UserError, match="the instruction has no {text_prompt}"):
+        build_reward("hpsv3", **{**settings, "instruction": "Rate it."})
+    state = load_file(settings["weights"])
+    del state["model.norm.weight"]
+    save_file(state, tmp_path / "short.safetensors")
+    with pytest.raises(UserError, match="the weights do not fit the model .*model.language_model.norm.weight"):
+        build_reward("hpsv3", **{**settings, "weights": str(tmp_path / "short.safetensors")})
