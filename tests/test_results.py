@@ -1,0 +1,74 @@
+"""The page of results says what the records beside it say, and the records are of recipes that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from difftune import results
+from difftune.config import load_config
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def record(**changed: Any) -> dict[str, Any]:
+    """A record of four pictures."""
+    return {
+        "recipe": "ddpo-compressibility-tiny-sd",
+        "seed": 0,
+        "before": {"reward/mean": 1.0, "reward/std": 0.3},
+        "after": {"reward/mean": 2.0, "reward/std": 0.4},
+        "pictures": 4,
+        "denoiser_samples": 1000,
+        "seconds": 60.0,
+        **changed,
+    }
+
+
+def test_the_gain_is_in_standard_errors_of_the_difference() -> None:
+    assert results.gain(record()) == pytest.approx(1 / (0.5 / 2))
+    assert results.gain(record(pictures=16)) == pytest.approx(8.0)
+    flat = {"reward/mean": 1.0, "reward/std": 0.0}
+    assert results.gain(record(before=flat, after={**flat, "reward/mean": 0.5})) == -float("inf")
+
+
+def test_the_page_has_a_line_for_each_recipe_over_its_seeds() -> None:
+    other = record(seed=1, after={"reward/mean": 3.0, "reward/std": 0.4})
+    text = results.page([record(), other], threads=1)
+    (line,) = (line for line in text.splitlines() if "ddpo-compressibility" in line)
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["2", "1.000", "2.500", "+4.0, +8.0", "1,000", "60"]
+
+
+def test_the_cells_are_the_embedded_recipes_with_their_seeds() -> None:
+    cells = list(results.cells(["ddpo-*"]))
+    assert [seed for name, seed in cells if name == "ddpo-compressibility-tiny-sd"] == [0, 1, 2]
+    assert [seed for name, seed in cells if name == "ddpo-scene-tiny-sd"] == [0]
+    assert all(load_config(name).model.id.startswith("difftune/tiny-") for name, _ in cells)
+
+
+def test_settings_name_no_place_and_tell_seeds_apart() -> None:
+    one, other = (results.settings_of("ddpo-scene-tiny-sd", seed, 1) for seed in (0, 1))
+    assert one != other and "out" not in one and "device" not in one
+    assert json.loads(json.dumps(one)) == one, "records are read back from JSON and compared"
+
+
+def test_the_page_is_what_the_records_say() -> None:
+    records = results.read_records(DOCS / "results")
+    assert records, "run make results"
+    assert (DOCS / "results.md").read_text() == results.page(records, threads=1)
+
+
+def test_every_record_is_of_its_recipe_as_it_stands() -> None:
+    for one in results.read_records(DOCS / "results"):
+        assert one["settings"] == results.settings_of(one["recipe"], one["seed"], 1), one["recipe"]
+
+
+def test_every_algorithm_learns_by_its_recipe() -> None:
+    """Two standard errors, with every seed, is what counts as learning."""
+    for one in results.read_records(DOCS / "results"):
+        if not re.search("scene", one["recipe"]):
+            assert results.gain(one) >= 2, f"{one['recipe']}, seed {one['seed']}"
