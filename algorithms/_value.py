@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -77,14 +78,15 @@ class ValueNet:
             self._optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weights, optimizer and what is remembered."""
-        return {
+        """Return copies of weights, optimizer and what is remembered."""
+        state = {
             "net": self._net.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "rows": self._rows,
             "targets": self._targets,
             "fits": self._fits,
         }
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""

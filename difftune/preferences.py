@@ -173,8 +173,7 @@ def _parquet(path: Path) -> Any:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(
-            f"preference file {str(path)!r}: reading Parquet needs pyarrow; pip install 'difftune[preferences]', or write "
-            ".jsonl"
+            f"preference file {str(path)!r}: reading Parquet needs pyarrow: install difftune[preferences]"
         ) from None
     try:
         return ParquetFile(path)

@@ -18,13 +18,30 @@ import test_groups
 import test_preferences
 import test_rdp
 import test_reward_gradient
+import test_transition
 import test_weighted
+import tiny
 import torch
 
 import difftune.advantage as advantage
 import difftune.algorithm as contract
-from difftune.algorithms import d3po, diffusion_dpo, drtune, grpo, nft, rdp, refl
-from difftune.policy import Policy
+from difftune import transition
+from difftune.algorithms import (
+    d3po,
+    ddpo,
+    diffusion_dpo,
+    dpok,
+    drtune,
+    grpo,
+    kto,
+    nft,
+    raft,
+    rdp,
+    refl,
+    rwr,
+    seppo,
+)
+from difftune.policy import LoraConfig, Policy
 from difftune.sampler import Sampler
 from difftune.transition import Gaussian
 
@@ -63,6 +80,39 @@ def reference_moves_the_loss() -> None:
         sampler.policy.parameters()[0].data += 0.2
         metrics = test_preferences.accumulate(contract.build_algorithm(name), sampler, ["a", "a"], [[0, 1]])
         assert abs(metrics["loss"] - math.log(2)) > 1e-5, name
+
+
+def guidance_off_in_training(patch: pytest.MonkeyPatch) -> None:
+    """3: guidance is on in sampling and off in training."""
+    original = Sampler.replay
+
+    def planted(self: Any, *args: Any, **settings: Any) -> None:
+        kept = dict(self._fixed)
+        self._fixed["guidance_scale"] = 1.0
+        try:
+            original(self, *args, **settings)
+        finally:
+            self._fixed = kept
+
+    patch.setattr(Sampler, "replay", planted)
+
+
+def guided_ratios_are_one() -> None:
+    """Under guidance the replay gives the rollout's own log-probs, to the bit."""
+    policy = Policy(tiny.sd_pipeline(), LoraConfig(rank=2))
+    sampler = Sampler(policy, steps=3, guidance_scale=4.0, eta=1.0)
+    assert sampler.check_parity(sampler.rollout(["a red cat"]))["max_ratio_error"] == 0
+
+
+def drift_of_the_other_sign(patch: pytest.MonkeyPatch) -> None:
+    """9: the SDE's correction of the drift has the wrong sign."""
+    original = transition.FLOW_DYNAMICS["flow_sde"]
+
+    def planted(x: Any, v: Any, t: float, s: float, eta: float, below_one: float) -> Gaussian:
+        step = original(x, v, t, s, eta, below_one)
+        return dataclasses.replace(step, mean=2 * transition.flow_ode(x, v, t, s).mean - step.mean)
+
+    patch.setitem(transition.FLOW_DYNAMICS, "flow_sde", planted)
 
 
 def mean_for_sum(patch: pytest.MonkeyPatch) -> None:
@@ -116,7 +166,7 @@ def population_std() -> None:
 def temperature_divides(patch: pytest.MonkeyPatch) -> None:
     """13: RWR's beta divides where it multiplies."""
     original = advantage.exponential_weights
-    patch.setattr(test_weighted, "exponential_weights", lambda r, scale, prompts=None: original(r, 1 / scale, prompts))
+    patch.setattr(rwr, "exponential_weights", lambda r, scale, prompts=None: original(r, 1 / scale, prompts))
 
 
 def kl_of_unscaled_means(patch: pytest.MonkeyPatch) -> None:
@@ -132,12 +182,61 @@ def smaller_loss(patch: pytest.MonkeyPatch) -> None:
 def opposite_tail(patch: pytest.MonkeyPatch) -> None:
     """RAFT keeps the worst."""
     original = advantage.best_of_groups
-    patch.setattr(test_weighted, "best_of_groups", lambda r, p, keep=1: original(-r, p, keep))
+    patch.setattr(raft, "best_of_groups", lambda r, p, keep=1: original(-r, p, keep))
 
 
 def ppo_for_clamp(patch: pytest.MonkeyPatch) -> None:
     """DPOK's plain clamp becomes PPO's maximum."""
-    patch.setattr(test_groups, "clamped_loss", contract.importance_sampling_loss)
+    patch.setattr(dpok, "clamped_loss", contract.importance_sampling_loss)
+
+
+def clamp_for_ppo(patch: pytest.MonkeyPatch) -> None:
+    """DDPO's maximum becomes a plain clamp."""
+    patch.setattr(ddpo, "importance_sampling_loss", dpok.clamped_loss)
+
+
+def guard_without_its_bias(patch: pytest.MonkeyPatch) -> None:
+    """GRPO-Guard scales the log-ratio and forgets to take its bias away."""
+    patch.setattr(test_groups, "guarded_log_ratio", lambda log_ratio, mean, old_mean, std: std * log_ratio)
+
+
+def guard_without_the_steps_size(patch: pytest.MonkeyPatch) -> None:
+    """GRPO-Guard does not divide by |dt|."""
+    patch.setattr(grpo, "step_size", lambda sampler, trajectory, view: 1.0)
+
+
+def desirable_and_undesirable_swapped(patch: pytest.MonkeyPatch) -> None:
+    """KTO raises what it should lower."""
+    original = kto.utility_loss
+    patch.setattr(kto, "utility_loss", lambda gain, label, baseline, beta: original(gain, -label, baseline, beta))
+
+
+def flipper_flipped(patch: pytest.MonkeyPatch) -> None:
+    """SePPO's criterion has the other sign."""
+    original = seppo.anchor_sign
+    patch.setattr(seppo, "anchor_sign", lambda gain, form: -original(gain, form))
+
+
+def reference_sample_always_wins(patch: pytest.MonkeyPatch) -> None:
+    """SePPO adds the reference sample's term where it should subtract it."""
+    original = seppo.semi_policy_loss
+    patch.setattr(seppo, "semi_policy_loss", lambda w, r, s, beta: original(w, r, -s, beta))
+
+
+def noise_of_the_sample(patch: pytest.MonkeyPatch) -> None:
+    """Samples of a prompt do not share x_T though they are asked to."""
+    original = Sampler.__init__
+
+    def planted(self: Any, *args: Any, initial_noise: str = "sample", **settings: Any) -> None:
+        original(self, *args, **settings)
+
+    patch.setattr(Sampler, "__init__", planted)
+
+
+def stop_one_step_late(patch: pytest.MonkeyPatch) -> None:
+    """DRTune stops a step after the one it drew."""
+    original = drtune.middle_step
+    patch.setattr(drtune, "middle_step", lambda bounds, steps, generator: original(bounds, steps, generator) + 1)
 
 
 def winners_and_losers_swapped(patch: pytest.MonkeyPatch) -> None:
@@ -179,6 +278,8 @@ CASES: list[tuple[Plant, Check]] = [
     (ratio_against_reference,
      lambda: test_groups.test_the_first_update_has_ratio_one_and_loss_minus_the_mean_advantage("flow", {})),
     (reference_not_frozen, reference_moves_the_loss),
+    (guidance_off_in_training, guided_ratios_are_one),
+    (drift_of_the_other_sign, lambda: test_transition.test_flow_steps_keep_the_marginal_of_a_gaussian("flow_sde")),
     (mean_for_sum, two_passes_in_the_mean),
     (noise_of_its_own, lambda: test_preferences.test_a_pair_shares_noise_and_level("flow")),
     (negative_with_one_minus_beta, test_forward.test_the_mixtures_are_symmetric_about_the_old_policy),
@@ -186,11 +287,20 @@ CASES: list[tuple[Plant, Check]] = [
      lambda: test_reward_gradient.test_the_last_k_steps_and_no_others_are_differentiated("flow", 3)),
     (adjoint_of_the_tuned_model, adjoint_knows_the_base_model),
     (sample_std, population_std),
-    (temperature_divides, test_weighted.test_softmax_weights_have_mean_one_and_know_no_offset),
+    (temperature_divides, test_weighted.test_rwrs_beta_multiplies_the_reward),
     (kl_of_unscaled_means, test_groups.test_the_kl_of_two_sde_steps_is_the_papers),
     (smaller_loss, lambda: test_rdp.test_the_gate_stops_only_what_clipping_makes_worse(5.0, True)),
-    (opposite_tail, lambda: test_weighted.test_the_best_of_k_normals(4, 1.029375)),
-    (ppo_for_clamp, lambda: test_groups.test_a_plain_clamp_has_no_gradient_outside_the_band(1.2, 0.0, -1.0)),
+    (opposite_tail, test_weighted.test_raft_keeps_the_best_and_skips_prompts_without_one),
+    (ppo_for_clamp, test_groups.test_dpoks_loss_is_the_plain_clamp_and_ddpos_the_maximum),
+    (clamp_for_ppo, test_groups.test_dpoks_loss_is_the_plain_clamp_and_ddpos_the_maximum),
+    (guard_without_its_bias, test_groups.test_the_guard_leaves_the_noise_times_the_shift),
+    (guard_without_the_steps_size, lambda: test_groups.test_the_guard_divides_by_the_steps_size("flow")),
+    (desirable_and_undesirable_swapped, lambda: test_preferences.test_ktos_utility_at_the_reference(1.0)),
+    (flipper_flipped, test_preferences.test_the_anchor_says_who_fits_the_winner_better),
+    (reference_sample_always_wins,
+     lambda: test_preferences.test_a_reference_sample_is_a_loser_or_another_winner(1.0, 1.0)),
+    (noise_of_the_sample, lambda: test_rdp.test_at_the_optimum_only_the_initial_noise_is_left("prompt")),
+    (stop_one_step_late, lambda: test_reward_gradient.test_an_early_stop_scores_what_the_step_predicts(3)),
     (winners_and_losers_swapped, lambda: test_preferences.test_d3pos_gradient_ends_at_the_clamp(0.0, -0.05)),
     (inputs_not_stopped,
      lambda: test_reward_gradient.test_stopped_inputs_leave_the_schedulers_linear_terms("diffusion")),
