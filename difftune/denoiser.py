@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 Action = Literal["run", "grad", "skip"]
 
+_CHECKPOINTS = "gradient_checkpointing"
+
 
 class InferenceModeError(RuntimeError):
     """The pipeline runs in ``torch.inference_mode``, where no graph can be recorded."""
@@ -36,6 +38,10 @@ class Tap:
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = dict(modules)
+        for module in self._modules.values():
+            # Some classes of diffusers (ZImageControlNetModel) read this with gradients on and never set it.
+            if getattr(module, "_supports_gradient_checkpointing", False) and not hasattr(module, _CHECKPOINTS):
+                setattr(module, _CHECKPOINTS, False)
         self._shapes: dict[tuple[Any, ...], Any] = {}
         self.calls = 0
         self.samples = 0

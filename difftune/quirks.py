@@ -23,6 +23,7 @@ class Quirk:
 
 _STAGES = "its loop runs over growing stages of latents, which is not one list of transitions"
 _COPIES = "it steps copies of its scheduler, one per stream or frame, so its loop has several chains of steps"
+_STEERED = "it moves its latents along gradients of the denoiser between steps, which are no part of the transitions"
 _DISCRETE = "it samples discrete tokens, which have no Gaussian transition"
 
 QUIRKS: dict[str, Quirk] = {
@@ -39,7 +40,9 @@ QUIRKS: dict[str, Quirk] = {
     "QwenImageEdit": Quirk(max_batch=1),
     "RFD4": Quirk(refuse="it moves coordinates of atoms by a scheduler of its own"),
     "SkyReelsV2DiffusionForcing": Quirk(refuse=_COPIES),
+    "StableDiffusionAttendAndExcite": Quirk(refuse=_STEERED),
     "StableDiffusionPanorama": Quirk(refuse=_COPIES),
+    "StableDiffusionPix2PixZero": Quirk(refuse=_STEERED),
     "TextToVideoZero": Quirk(refuse=_COPIES),
 }
 

@@ -24,7 +24,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import ValidationError
 from torch import Tensor
 
 from difftune.denoiser import Action, InferenceModeError, Tap
@@ -48,7 +47,7 @@ from difftune.puppet import Prediction, make_puppet
 from difftune.quirks import quirk_of
 from difftune.transition import Gaussian, Level
 from difftune.types import NonFiniteError, ParityError, SampleKey, Trajectory, UserError
-from difftune.window import Window
+from difftune.window import Window, resolve_window
 
 
 def sample_keys(prompts: Sequence[str], seed: int, epoch: int) -> tuple[SampleKey, ...]:
@@ -110,7 +109,7 @@ class Sampler:
         self.steps = steps
         self.guidance_scale = guidance_scale
         self.eta = eta
-        self.window = _window_of(window, steps)
+        self.window = resolve_window(window, steps)
         quirk = quirk_of(type(policy.pipe).__name__)
         if quirk.refuse:
             raise UserError(f"model: {type(policy.pipe).__name__} cannot be trained: {quirk.refuse}")
@@ -627,12 +626,19 @@ class Sampler:
             self._puppet._difftune.begin(driver, batch)
             return unwrapped(pipe, **arguments)
 
+    def _about_momentum(self) -> str:
+        return (
+            f"parity: {type(self.policy.pipe).__name__} carries what it predicts at one step on to the next, as "
+            "momentum does, so its steps are no transitions of their own; switch that off in sampler.call"
+        )
+
     # -- the gate ----------------------------------------------------------------------------------------
 
     def check_parity(self, trajectory: Trajectory, tolerance: float | None = None) -> dict[str, float]:
         """Replay a fresh rollout under unchanged weights and verify what every ratio relies on.
 
-        Verified: |ratio - 1| is within ``tolerance`` at every stochastic step; a gradient of the log-probs reaches at
+        Verified: |ratio - 1| is within ``tolerance`` at every stochastic step, and at the last of them when it is
+        replayed alone; a gradient of the log-probs reaches at
         least one trained parameter; and no other parameter of the pipeline holds a gradient. That some layers get none
         is no error (a pipeline may not use all of them): they are counted. The trained parameters' gradients are
         cleared before and afterwards.
@@ -666,13 +672,10 @@ class Sampler:
             parameter.grad = None
         try:
             self.replay(trajectory, verify)
-        except RuntimeError as error:
-            if "backward through the graph a second time" not in str(error):
+        except RuntimeError as fault:
+            if "backward through the graph a second time" not in str(fault):
                 raise
-            raise ParityError(
-                f"parity: {type(self.policy.pipe).__name__} carries what it predicts at one step on to the next "
-                "(momentum), so its steps are no transitions of their own; switch that off in sampler.call"
-            ) from None
+            raise ParityError(self._about_momentum()) from None
         norms = {name: 0.0 if p.grad is None else float(p.grad.norm()) for name, p in params.items()}
         strays = [
             f"{component}.{name}"
@@ -688,6 +691,16 @@ class Sampler:
                     f"parity: replaying step {index} gave |ratio - 1| = {error:.3g}, expected at most {bound:g}; "
                     "rollout and training do not run the same computation (dropout, guidance, dtype or noise level)"
                 )
+        if len(errors) > 1:
+            # Nothing of the earlier steps is there when one is replayed alone: it must not be missed.
+            alone: list[float] = []
+
+            def compare(view: StepView) -> None:
+                alone.append(float(((view.log_prob - view.old_log_prob).exp() - 1).abs().max()))
+
+            self.replay(trajectory, compare, [max(errors)], grad=False)
+            if not alone[0] <= bound:
+                raise ParityError(self._about_momentum())
         # B of a fresh LoRA is zero, so A has a zero gradient: a layer is reached if any of its parameters is.
         layers: dict[str, float] = {}
         for name, norm in norms.items():
@@ -764,26 +777,6 @@ def _opened(value: Any, grey: bool) -> Any:
 def _picture(path: Path, changed: int, grey: bool) -> Any:
     with Image.open(path, formats=PICTURES) as picture:
         return ImageOps.exif_transpose(picture).convert("L" if grey else "RGB")
-
-
-def _window_of(window: Any, steps: int) -> tuple[int, ...] | Window | None:
-    """Return the window that a sampler of ``steps`` steps was given, checked."""
-    if window is None:
-        return None
-    if isinstance(window, Mapping):
-        try:
-            window = Window.model_validate(window)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(("sampler.window", *map(str, first["loc"])))
-            raise UserError(f"{where}: {first['msg'].lower()}, got {first['input']!r}") from None
-    if isinstance(window, Window):
-        window.check(steps)
-        return window
-    bad = [k for k in window if not 0 <= k < steps]
-    if bad:
-        raise UserError(f"sampler.window: got step {bad[0]}, expected indices from 0 to {steps - 1}")
-    return tuple(window)
 
 
 def _carries_noise(prediction: Prediction, window: Sequence[int] | None) -> bool:

@@ -121,9 +121,10 @@ class Trajectory:
         def moved(value: Tensor | None) -> Tensor | None:
             return value if value is None or value.device.type == "cpu" else value.to("cpu").pin_memory()
 
-        return dataclasses.replace(
-            self, **{name: moved(getattr(self, name)) for name in ("states", "steps_out", "kept", "images")}
-        )
+        tensors: dict[str, Any] = {
+            name: moved(getattr(self, name)) for name in ("states", "steps_out", "kept", "images")
+        }
+        return dataclasses.replace(self, **tensors)
 
     def select(self, indices: Sequence[int] | Tensor) -> Trajectory:
         """Return the trajectory of the samples ``indices``, in that order."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from difftune.types import UserError
 
@@ -66,3 +67,29 @@ class Window(BaseModel):
 
     def _last(self, steps: int) -> int:
         return max(steps - 2, 0) if self.last is None else self.last
+
+
+def resolve_window(
+    window: Sequence[int] | Window | Mapping[str, Any] | None, steps: int
+) -> tuple[int, ...] | Window | None:
+    """Return the window of a sampler of ``steps`` steps: fixed steps, a moving one, or ``None`` for all steps.
+
+    Raises:
+        UserError: it does not fit into the steps, or its settings are wrong.
+    """
+    if window is None:
+        return None
+    if isinstance(window, Mapping):
+        try:
+            window = Window.model_validate(window)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(("sampler.window", *map(str, first["loc"])))
+            raise UserError(f"{where}: {first['msg'].lower()}, got {first['input']!r}") from None
+    if isinstance(window, Window):
+        window.check(steps)
+        return window
+    bad = [step for step in window if not 0 <= step < steps]
+    if bad:
+        raise UserError(f"sampler.window: got step {bad[0]}, expected steps from 0 to {steps - 1}")
+    return tuple(window)

@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from difftune import prompts as prompts_module
-from difftune.prompts import ANIMALS, Prompt, PromptStream, list_prompts, load_prompts, split_prompts
+from difftune.prompts import ANIMALS, Prompt, PromptStream, conditions_of, list_prompts, load_prompts, split_prompts
 from difftune.types import UserError
 from difftune.zoo.world import parse_caption
 
@@ -98,6 +99,49 @@ def test_csv_keeps_metadata_and_multi_line_cells(tmp_path: Path) -> None:
     ]
 
 
+def picture(folder: Path, name: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(folder / name)
+    return folder / name
+
+
+def test_conditions_come_from_both_formats_alike(tmp_path: Path) -> None:
+    door, mask = picture(tmp_path / "in", "door.png"), picture(tmp_path / "in", "mask.png")
+    rows = [{"prompt": "x", "image": "in/door.png", "conditions": {"mask_image": "in/mask.png", "strength": 0.5},
+             "num_frames": 9, "negative_prompt": "dull", "target": "a"}]  # fmt: skip
+    got = load_prompts(write(tmp_path, "p.jsonl", json.dumps(rows[0])))
+    expected = {"image": door, "mask_image": mask, "strength": 0.5, "num_frames": 9, "negative_prompt": "dull"}
+    assert got == [Prompt("x", {"target": "a"}, expected)]
+    table = "prompt,image,conditions.mask_image,conditions.strength,num_frames,negative_prompt,target\n"
+    table += "x,in/door.png,in/mask.png,0.5,9,dull,a\n"
+    assert load_prompts(write(tmp_path, "p.csv", table)) == got
+    assert conditions_of(got * 2) == {name: [value] * 2 for name, value in expected.items()}
+
+
+def test_several_pictures_may_stand_under_one_name(tmp_path: Path) -> None:
+    paths = [picture(tmp_path, "a.png"), picture(tmp_path, "b.png")]
+    got = load_prompts(write(tmp_path, "p.jsonl", '{"prompt": "x", "reference_image": ["a.png", "b.png"]}'))
+    assert got[0].conditions == {"reference_image": paths} and not got[0].metadata
+    assert load_prompts([{"prompt": "x", "image": str(paths[0])}])[0].conditions == {"image": paths[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": ""}\n{"prompt": "", "image": "no.png"}', r"a\.jsonl:2: image 'no\.png': no such file"),
+        ("a.csv", "prompt,mask_image\nx,no.png\n", r"a\.csv:2: mask_image 'no\.png': no such file; .* the prompt file"),
+        ("a.jsonl", '{"prompt": "x", "image": "a.jsonl"}', r"a\.jsonl:1: image 'a\.jsonl': no PNG, JPEG, WEBP picture"),
+        ("a.jsonl", '{"prompt": "x", "conditions": 3}', r"a\.jsonl:1: has conditions 3, expected a mapping"),
+        ("a.csv", "prompt,num_frames\nx,9\ny,\n", r"prompts: 1 of the 2 in .*a\.csv have 'num_frames', expected all"),
+    ],
+)
+def test_a_condition_that_cannot_be_met_is_one_line_before_the_run(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        load_prompts(write(tmp_path, name, content))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -155,6 +199,8 @@ def test_a_prompt_checks_itself() -> None:
         Prompt(3)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="metadata of prompt 'x' is list"):
         Prompt("x", [1])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="conditions of prompt 'x' are list"):
+        Prompt("x", {}, [1])  # type: ignore[arg-type]
     assert str(Prompt("x")) == "x" and len({Prompt("x"), Prompt("x")}) == 1
 
 

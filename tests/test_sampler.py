@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import tiny
 import torch
+from pipelines import CASES
 from torch import nn
 
 from difftune.policy import LoraConfig, Policy
 from difftune.prompt_cache import PromptCache
 from difftune.puppet import Prediction
 from difftune.sampler import Sampler, StepView, keyed_noise, sample_keys, to_images
+from difftune.transition import Gaussian
 from difftune.types import NonFiniteError, ParityError, Trajectory, UserError
+from difftune.window import Window
 
 PROMPTS = ["a red cat", "two dog", "", "a red cat"]
 ETA = {"sd": 1.0, "sd3": 0.7}
@@ -119,6 +125,54 @@ def test_a_window_makes_the_other_steps_ode_steps(kind: str) -> None:
     assert traj.stochastic_steps == [1, 2]
 
 
+def test_a_window_moves_with_the_epoch_and_replays_as_it_was(kind: str) -> None:
+    sampler = make(kind, window={"kind": "sliding", "size": 2, "stride": 1, "every": 2})
+    drawn = [sampler.rollout(PROMPTS[:2], epoch=epoch, decode=False) for epoch in (1, 2, 3, 5, 7)]
+    assert [traj.stochastic_steps for traj in drawn] == [[0, 1], [0, 1], [1, 2], [2, 3], [0, 1]]
+    for traj in drawn:
+        assert sampler.check_parity(traj)["max_ratio_error"] == 0
+    again = sampler.backprop(PROMPTS[:2], epoch=3).detach()
+    torch.testing.assert_close(again, sampler.rollout(PROMPTS[:2], epoch=3).images, atol=1e-6, rtol=0)
+
+
+def test_a_random_window_is_drawn_evenly_and_by_seed_and_epoch_alone() -> None:
+    window = Window(kind="random", size=3)
+    drawn = [window.steps_at(11, 0, epoch) for epoch in range(1, 1001)]
+    assert drawn == [window.steps_at(11, 0, epoch) for epoch in range(1, 1001)]
+    assert drawn[:50] != [window.steps_at(11, 1, epoch) for epoch in range(1, 51)]
+    assert all(len(set(steps)) == 3 and list(steps) == sorted(steps) for steps in drawn)
+    counts = Counter(step for steps in drawn for step in steps)
+    # Binomial with p = 3 / 10: standard deviation 14.5 of 1000; the last of the 11 steps is left out.
+    assert set(counts) == set(range(10)) and all(abs(count - 300) < 75 for count in counts.values())
+    assert len({window.steps_at(11, 0, epoch) for epoch in range(1, 26)}) > 15
+    slow = Window(kind="random", size=3, every=25)
+    assert len({slow.steps_at(11, 0, epoch) for epoch in range(1, 26)}) == 1
+
+
+def test_a_sliding_window_is_mixgrpos_and_stays_within_its_bounds() -> None:
+    mix = Window(kind="sliding", size=4, stride=1, every=25)
+    assert mix.steps_at(25, 0, 1) == mix.steps_at(25, 7, 25) == (0, 1, 2, 3)
+    assert mix.steps_at(25, 0, 26) == (1, 2, 3, 4)
+    assert mix.steps_at(25, 0, 20 * 25 + 1) == (20, 21, 22, 23) and mix.steps_at(25, 0, 21 * 25 + 1) == (0, 1, 2, 3)
+    inner = Window(kind="sliding", size=2, stride=2, first=1, last=6)
+    assert [inner.steps_at(10, 0, epoch) for epoch in (1, 2, 3, 4)] == [(1, 2), (3, 4), (5, 6), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        ({"kind": "sliding", "size": 5}, "sampler.window.size: got 5, but steps 0 to 3 are 4; lower size"),
+        ({"kind": "random", "size": 2, "first": 3}, "sampler.window.size: got 2, but steps 3 to 3 are 1"),
+        ({"kind": "random", "last": 5}, "sampler.window.last: got step 5, expected at most 4"),
+        ({"kind": "jumping"}, "sampler.window.kind: .*'random' or 'sliding', got 'jumping'"),
+        ({"size": 2}, "sampler.window.kind: field required"),
+    ],
+)
+def test_a_window_that_does_not_fit_is_refused(window: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make("sd", window=window)
+
+
 def test_conditions_are_cut_into_batches(kind: str) -> None:
     sampler = make(kind, batch_size=3)
     traj = sampler.rollout(PROMPTS, conditions={"negative_prompt": ["dog", "cat", "", "dog"]})
@@ -155,8 +209,67 @@ def test_cached_embeddings_are_the_pipelines_own(kind: str) -> None:
 def test_arguments_the_pipeline_does_not_take_are_refused() -> None:
     with pytest.raises(UserError, match="StableDiffusionPipeline takes no 'num_frames'"):
         make("sd", call={"num_frames": 8})
-    with pytest.raises(UserError, match="sampler.window: got step 9, expected indices from 0 to 4"):
+    with pytest.raises(UserError, match="sampler.window: got step 9, expected steps from 0 to 4"):
         make("sd", window=[9])
+
+
+def test_pictures_are_opened_when_the_pipeline_is_called(tmp_path: Path) -> None:
+    case = CASES["StableDiffusionInpaintPipeline (4 channels)"]
+    sampler = Sampler(Policy(case.build(), LoraConfig(rank=2)), steps=3, call=case.call)
+    given = case.conditions(2)
+    expected = sampler.rollout(PROMPTS[:2], conditions=given)
+    paths: dict[str, list[Any]] = {name: [] for name in given}
+    for name, pictures in given.items():
+        for index, picture in enumerate(pictures):
+            picture.save(tmp_path / f"{name}{index}.png")
+            paths[name].append(tmp_path / f"{name}{index}.png")
+    got = sampler.rollout(PROMPTS[:2], conditions=paths)
+    assert torch.equal(got.states, expected.states) and torch.equal(got.images, expected.images)  # type: ignore[arg-type]
+    part = got.select([1])
+    assert list(part.conditions["image"]) == paths["image"][1:]
+    assert sampler.check_parity(got)["max_ratio_error"] == 0
+
+
+def test_numbers_are_one_for_all_samples_or_refused() -> None:
+    case = CASES["StableDiffusionImg2ImgPipeline"]
+    sampler = Sampler(Policy(case.build(), LoraConfig(rank=2)), steps=5)
+    given = case.conditions(2)
+    traj = sampler.rollout(PROMPTS[:2], conditions={**given, "strength": [0.6, 0.6]})
+    assert traj.num_steps == 3
+    with pytest.raises(UserError, match=r"strength is 0\.6 and 0\.8, and StableDiffusionImg2ImgPipeline takes one"):
+        sampler.check_conditions({**given, "strength": [0.6, 0.8]})
+    with pytest.raises(UserError, match="StableDiffusionImg2ImgPipeline takes no 'num_frames'"):
+        sampler.check_conditions({"num_frames": [8, 8]})
+    # Class labels are one number per sample.
+    labels = CASES["DiTPipeline"]
+    Sampler(Policy(labels.build(), LoraConfig(rank=2)), steps=2).check_conditions({"class_labels": [1, 2]})
+
+
+def test_host_storage_takes_everything_that_is_large() -> None:
+    moved = []
+
+    class Far(torch.Tensor):
+        """A tensor that says it is elsewhere, and takes down that it was asked to come."""
+
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("meta")
+
+        def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            moved.append(args)
+            return torch.Tensor(self).as_subclass(Near)
+
+    class Near(torch.Tensor):
+        def pin_memory(self, device: Any = None) -> torch.Tensor:
+            return self.as_subclass(torch.Tensor)
+
+    traj = make("sd").rollout(PROMPTS[:2])
+    kept = torch.ones_like(traj.states[:, 1:], dtype=torch.bool)
+    far = {name: getattr(traj, name).as_subclass(Far) for name in ("states", "images")}
+    there = dataclasses.replace(traj, **far, steps_out=traj.states[:, 1:].as_subclass(Far), kept=kept.as_subclass(Far))
+    here = there.on_host()
+    assert moved == [("cpu",)] * 4
+    assert all(type(getattr(here, name)) is torch.Tensor for name in ("states", "steps_out", "kept", "images"))
 
 
 def test_non_finite_latents_stop_and_name_the_sample() -> None:
@@ -283,6 +396,152 @@ def test_transitions_under_the_reference_differ(kind: str) -> None:
     assert float(mine.kl(reference).min()) > 0
 
 
+# -- what the pipeline overwrites --------------------------------------------------------------------------------
+
+
+def inpainting() -> tuple[Sampler, Trajectory]:
+    """A four-channel UNet that paints the right half; the pipeline puts the left one back after every step."""
+    case = CASES["StableDiffusionInpaintPipeline (4 channels)"]
+    policy = Policy(case.build(), LoraConfig(rank=2))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    sampler = Sampler(policy, steps=4, eta=0.7, call=case.call)
+    return sampler, sampler.rollout(PROMPTS[:2], conditions=case.conditions(2))
+
+
+def test_what_inpainting_overwrites_is_not_in_the_log_prob() -> None:
+    sampler, traj = inpainting()
+    assert traj.kept is not None and traj.kept.shape == traj.states[:, 1:].shape
+    assert traj.kept[..., 4:].all() and not traj.kept[..., :4].any()
+    assert sampler.check_parity(traj)["max_ratio_error"] == 0
+    views: list[StepView] = []
+    sampler.replay(traj, views.append, grad=False)
+    with sampler.policy.reference():
+        reference = sampler.transitions(traj)
+    for view in views:
+        out = traj.step_out(view.index)
+        half = Gaussian(view.mean[..., 4:], view.std)
+        expected = half.log_prob(out[..., 4:], "sum")
+        torch.testing.assert_close(view.log_prob * view.dims, expected, rtol=1e-5, atol=1e-3)
+        other = Gaussian(reference[view.index].mean[..., 4:], view.std)
+        torch.testing.assert_close(view.gaussian.kl(reference[view.index], "sum"), half.kl(other, "sum"))
+
+
+def test_masks_follow_their_samples() -> None:
+    _, traj = inpainting()
+    assert traj.kept is not None
+    part = traj.select([1])
+    assert part.kept is not None and torch.equal(part.kept, traj.kept[1:])
+    plain = dataclasses.replace(part, kept=None)
+    joined = Trajectory.cat([part, plain])
+    assert joined.kept is not None and joined.kept[1].all() and torch.equal(joined.kept[:1], part.kept)
+
+
+def test_a_pipeline_that_rescales_its_latents_overwrites_nothing() -> None:
+    class Restless(Dots):
+        @torch.no_grad()
+        def __call__(self, prompt: list[str], num_inference_steps: int = 5, generator: Any = None) -> Any:
+            x = torch.stack([torch.randn(12, generator=g) for g in generator])
+            self.scheduler.set_timesteps(num_inference_steps)
+            for t in self.scheduler.timesteps:
+                x = 1.1 * self.scheduler.step(self.brain(x, t), t, x).prev_sample
+                x[:, :3] = 0.5  # and puts three numbers back, in place
+            return (torch.sigmoid(x).reshape(-1, 3, 2, 2),)
+
+    sampler = Sampler(Policy(Restless(Brain(), diffusers.DDIMScheduler()), LoraConfig(rank=2)), steps=4)
+    traj = sampler.rollout(["x", "y"])
+    assert traj.kept is not None and traj.kept[..., 3:].all() and not traj.kept[..., :3].any()
+    assert sampler.check_parity(traj)["max_ratio_error"] == 0
+
+
+# -- decode and pull back ----------------------------------------------------------------------------------------
+
+
+def test_decode_shows_the_finished_latents_and_carries_a_graph(kind: str) -> None:
+    sampler = make(kind)
+    traj = sampler.rollout(PROMPTS[:2])
+    before = sampler.denoiser_calls
+    latents = traj.states[:, -1].clone().requires_grad_()
+    images = sampler.decode(latents, traj.prompts, traj.keys)
+    torch.testing.assert_close(images.detach(), traj.images, atol=1e-6, rtol=0)
+    (slope,) = torch.autograd.grad(images[0].sum(), latents)
+    assert slope[0].abs().sum() > 0 and not slope[1].any() and sampler.denoiser_calls == before
+
+
+def test_pull_back_is_the_transposed_jacobian(kind: str) -> None:
+    """Against a finite difference of the step's mean along a direction, in fp64."""
+    sampler = make(kind)
+    sampler.policy.pipe.to(torch.float64)
+    for parameter in sampler.policy.parameters():
+        parameter.data = parameter.data.double()
+    traj = sampler.rollout(PROMPTS[:1])
+    generator = torch.Generator().manual_seed(0)
+    vector, along = torch.randn((2, *traj.states[:, 2].shape), generator=generator, dtype=torch.float64)
+    before = sampler.denoiser_calls
+    got = (sampler.pull_back(traj, 2, vector) * along).sum()
+    assert sampler.denoiser_calls == before + 1
+
+    def mean(shift: float) -> torch.Tensor:
+        states = traj.states.clone()
+        states[:, 2] += shift * along
+        return sampler.transitions(dataclasses.replace(traj, states=states), [2])[2].mean
+
+    expected = ((mean(1e-5) - mean(-1e-5)) / 2e-5 * vector).sum()
+    assert float(got) == pytest.approx(float(expected), rel=1e-6)
+    with pytest.raises(ValueError, match="got step 0, expected 1 to 4"):
+        sampler.pull_back(traj, 0, vector)
+
+
+def test_pulling_back_through_a_blend_gives_nothing_where_it_overwrites() -> None:
+    sampler, traj = inpainting()
+    slope = sampler.pull_back(traj, 2, torch.ones_like(traj.states[:, 2]))
+    assert not slope[..., :4].any() and slope[..., 4:].abs().min() > 0
+
+
+# -- pipelines that need what was skipped ------------------------------------------------------------------------
+
+
+def test_steps_are_run_where_the_pipeline_reads_what_the_denoiser_leaves_behind() -> None:
+    class Watching(Dots):
+        @torch.no_grad()
+        def __call__(self, prompt: list[str], num_inference_steps: int = 5, generator: Any = None) -> Any:
+            x = torch.stack([torch.randn(12, generator=g) for g in generator])
+            self.scheduler.set_timesteps(num_inference_steps)
+            seen: dict[str, torch.Tensor] = {}
+            with self.brain.inner.register_forward_hook(lambda m, a, out: seen.update(last=out)):
+                for t in self.scheduler.timesteps:
+                    seen.clear()
+                    out = self.brain(x, t)
+                    x = self.scheduler.step(out + 0.1 * seen["last"].mean(), t, x).prev_sample
+            return (torch.sigmoid(x).reshape(-1, 3, 2, 2),)
+
+    sampler = Sampler(Policy(Watching(Brain(), diffusers.DDIMScheduler()), LoraConfig(rank=2)), steps=4)
+    traj = sampler.rollout(["x"])
+    before = sampler.denoiser_calls
+    views: list[StepView] = []
+    sampler.replay(traj, views.append, steps=[2], grad=False)
+    assert [view.index for view in views] == [2] and torch.equal(views[0].log_prob, views[0].old_log_prob)
+    assert sampler.denoiser_calls - before == 3
+
+
+def test_momentum_from_step_to_step_is_refused_by_the_gate() -> None:
+    class Swinging(Dots):
+        @torch.no_grad()
+        def __call__(self, prompt: list[str], num_inference_steps: int = 5, generator: Any = None) -> Any:
+            x = torch.stack([torch.randn(12, generator=g) for g in generator])
+            self.scheduler.set_timesteps(num_inference_steps)
+            momentum = torch.zeros_like(x)
+            for t in self.scheduler.timesteps:
+                momentum = 0.5 * momentum + self.brain(x, t)
+                x = self.scheduler.step(momentum, t, x).prev_sample
+            return (torch.sigmoid(x).reshape(-1, 3, 2, 2),)
+
+    sampler = Sampler(Policy(Swinging(Brain(), diffusers.DDIMScheduler()), LoraConfig(rank=2)), steps=4)
+    with pytest.raises(ParityError, match="Swinging carries what it predicts at one step on to the next"):
+        sampler.check_parity(sampler.rollout(["x"]))
+
+
 # -- probe -------------------------------------------------------------------------------------------------------
 
 
@@ -386,8 +645,6 @@ def test_parity_passes_on_an_untouched_run(kind: str) -> None:
 
 
 def _store_in_bf16(sampler: Sampler, traj: Trajectory) -> Trajectory:
-    import dataclasses
-
     return dataclasses.replace(traj, states=traj.states.bfloat16().float())
 
 

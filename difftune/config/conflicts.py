@@ -13,6 +13,7 @@ from difftune.config.schema import RunConfig
 from difftune.config.sections import ETA
 from difftune.reward import REWARDS
 from difftune.types import UserError
+from difftune.window import Window, resolve_window
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class _SamplerSketch:
 
     dynamics: str
     eta: float
-    window: tuple[int, ...] | None
+    window: tuple[int, ...] | Window | None
     steps: int
 
 
@@ -38,9 +39,11 @@ def conflicts_of(config: RunConfig) -> list[str]:
     """Return why the settings do not go together, as far as it shows without the model."""
     problems = []
     sampler, train = config.sampler, config.train
-    bad = [step for step in sampler.window or () if not 0 <= step < sampler.steps]
-    if bad:
-        problems.append(f"sampler.window: got step {bad[0]}, expected steps from 0 to {sampler.steps - 1}")
+    window = None
+    try:
+        window = resolve_window(sampler.window, sampler.steps)
+    except UserError as error:
+        problems.append(str(error))
     if train.updates_per_epoch > train.samples_per_epoch:
         problems.append(
             f"train.updates_per_epoch: got {train.updates_per_epoch}, expected at most the {train.samples_per_epoch} "
@@ -54,7 +57,6 @@ def conflicts_of(config: RunConfig) -> list[str]:
     if config.mixed_precision == "fp16":
         problems.append("mixed_precision: fp16 loses small gradients, and there is no loss scaling; use bf16")
     eta = ETA.get(sampler.dynamics, 1.0) if sampler.eta is None else sampler.eta
-    window = None if sampler.window is None else tuple(sampler.window)
     plan = Plan(train.prompts_per_epoch, train.samples_per_prompt, train.updates_per_epoch)
     try:
         sketch: Any = _SamplerSketch(sampler.dynamics, eta, window, sampler.steps)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from difftune.prompts import Prompt, load_prompts, split_prompts
+from difftune.window import Window
 
 ETA = {"ddim": 1.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.9, "lcm": 1.0, "ode": 0.0}
 """Noise level of each dynamics where the configuration leaves ``sampler.eta`` open: DDPM, Flow-GRPO's a,
@@ -30,8 +31,10 @@ class SamplerConfig(BaseModel):
     dynamics: Literal["auto", "ddim", "flow_sde", "dance_sde", "cps", "lcm", "ode"] = Field(
         "auto", description="The steps' Gaussians; auto goes by the scheduler: ddim, flow_sde or lcm."
     )
-    window: list[int] | None = Field(
-        None, description="Steps that carry noise and can be trained, counted from 0; null: all. Others are ODE steps."
+    window: list[int] | Window | None = Field(
+        None,
+        description="Steps that carry noise and can be trained, counted from 0; null: all. Others are ODE steps. A "
+        "mapping with kind: random or sliding draws or moves them from epoch to epoch.",
     )
     initial_noise: Literal["sample", "prompt"] = Field(
         "sample", description="Whether each sample begins from noise of its own, or all of a prompt from the same."
