@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -62,6 +62,11 @@ class MonitorConfig(BaseModel):
         0.2, ge=0, lt=1, description="Share of its most below which reward spread or diversity warns; 0: never."
     )
     kl: float | None = Field(None, gt=0, description="KL to the base model (metric kl) above which it warns.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return {"rewards": value} if isinstance(value, list) else value
 
 
 class MonitorAlarm(RuntimeError):
@@ -245,7 +250,9 @@ class Monitor:
                 f"monitor: the checkpoint has watched {', '.join(state['watched'])}, this run watches "
                 f"{', '.join(self._watched)}; resume with the run's own configuration"
             )
-        self._epochs, self._warned, self.alarm = list(state["epochs"]), list(state["warned"]), state["alarm"]
+        self._epochs, self._warned = list(state["epochs"]), list(state["warned"])
+        # A run that was stopped goes on once its configuration says that a warning is enough.
+        self.alarm = state["alarm"] if self.config.action == "stop" else ""
         self._series = {name: list(values) for name, values in state["series"].items()}
         self._scales = {name: list(values) for name, values in state["scales"].items()}
         for label, one in self._watched.items():

@@ -29,6 +29,7 @@ from difftune import checkpoint
 from difftune.algorithm import Algorithm, Batch, Context, Plan, Prepared
 from difftune.export import save_adapter, save_weights
 from difftune.labelled import LabelledPictures
+from difftune.monitor import Monitor, MonitorAlarm, MonitorConfig
 from difftune.policy import Policy
 from difftune.processes import Processes, even_shares
 from difftune.prompts import Prompt, PromptStream, conditions_of, load_prompts
@@ -110,6 +111,8 @@ class Trainer:
         base_model: the model's name, for the adapter's card.
         description: the resolved configuration, written to ``config.yaml`` by the command line and into the adapter.
         listener: called with (phase, done, total) while an epoch runs.
+        monitor: rewards that are watched and not trained on: a list, a :class:`~difftune.monitor.MonitorConfig`, or a
+            :class:`~difftune.monitor.Monitor`.
 
     Several processes (``accelerate launch``, ``torchrun``) share the samples, and take the same steps as one would, up
     to rounding; each makes its trainer, iterates over it and saves, and the first of them writes.
@@ -138,6 +141,7 @@ class Trainer:
         base_model: str = "",
         description: Mapping[str, Any] | None = None,
         listener: Listener | None = None,
+        monitor: Monitor | MonitorConfig | Sequence[Any] | None = None,
         **settings: Any,
     ) -> None:
         if config is not None and settings:
@@ -164,6 +168,7 @@ class Trainer:
         self._labelled: LabelledPictures | None = None
         if examples is not None:
             self._labelled = LabelledPictures(sampler, algorithm, self.config.samples_per_prompt)
+        self.monitor = self._build_monitor(monitor)
         self._stream = PromptStream(self.prompts if examples is None else examples, self.config.seed)
         plan = Plan(self.config.prompts_per_epoch, self.config.samples_per_prompt, self.config.updates_per_epoch)
         self.algorithm.check(sampler, self.reward, plan)
@@ -187,6 +192,22 @@ class Trainer:
             self.processes.together(self._open, resume)
             self._require_one_run()
 
+    def _build_monitor(self, monitor: Monitor | MonitorConfig | Sequence[Any] | None) -> Monitor | None:
+        if monitor is None:
+            return None
+        if not isinstance(monitor, Monitor):
+            config = monitor if isinstance(monitor, MonitorConfig) else MonitorConfig(rewards=list(monitor))
+            monitor = Monitor(config, self.accelerator.device)
+        if self._labelled is not None:
+            raise UserError("monitor: an algorithm that learns from labelled pictures draws no samples to be watched")
+        compares = [label for label, reward in monitor.rewards.items() if reward.groupwise]
+        if compares and self.processes.count > 1:
+            raise UserError(
+                f"monitor: {compares[0]!r} compares the samples of a prompt, which several processes share; watch it "
+                "in a run of one process"
+            )
+        return monitor
+
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Metrics]:
@@ -196,6 +217,8 @@ class Trainer:
                 if self.epoch == 0:
                     self._write_samples()
             while self.epoch < self.config.epochs:
+                if self.monitor is not None and self.monitor.alarm:
+                    raise MonitorAlarm(self.monitor.alarm)
                 with self.processes.signals():
                     self._boundary = self.state_dict()
                     metrics = self._run_epoch(self.epoch + 1)
@@ -252,7 +275,37 @@ class Trainer:
         # Every process passes the gate once, resumed or not: its calls are not the epoch's.
         calls = self.sampler.denoiser_calls - before - self._gate_calls
         values["denoiser_calls"] = float(sum(self.processes.gather(calls)))
+        if self.monitor is not None:
+            values |= self._watch(self.monitor, samples, trajectory, scores, values.get("kl"))
         return self._finish(epoch, values)
+
+    def _watch(
+        self,
+        monitor: Monitor,
+        samples: _Samples,
+        trajectory: Trajectory | None,
+        scores: RewardOutput | None,
+        kl: float | None,
+    ) -> dict[str, float]:
+        """Let the monitor see the epoch's samples, and return its values."""
+        if self.algorithm.evidence == "gradient":
+            # The update decodes and scores its samples piece by piece; others of the same noise are looked at.
+            trajectory = self.processes.together(self._draw, samples)
+            scores = self._score(trajectory, samples)
+        assert scores is not None
+        with self._phase("monitor"):
+            mine = self.processes.together(self._measure, monitor, trajectory, samples)
+            found = [part for part in self.processes.gather(mine) if part is not None]
+            measured = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+            return monitor.record(samples.epoch, scores.total, samples.texts, measured, kl)
+
+    def _measure(self, monitor: Monitor, trajectory: Trajectory | None, samples: _Samples) -> dict[str, Tensor] | None:
+        if trajectory is None:
+            return None
+        assert trajectory.images is not None
+        rows = samples.shares[self.processes.rank]
+        texts, metadata = [samples.texts[i] for i in rows], [samples.metadata[i] for i in rows]
+        return monitor.measure(trajectory.images, texts, metadata)
 
     def _finish(self, epoch: int, values: dict[str, float]) -> Metrics:
         """Write what is due after an epoch: samples, the log line, then the checkpoint."""
@@ -592,6 +645,7 @@ class Trainer:
             "policy": self.policy.state_dict(),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "algorithm": {"name": self.algorithm.name, "state": copy.deepcopy(self.algorithm.state_dict())},
+            "monitor": None if self.monitor is None else self.monitor.state_dict(),
             "processes": self.processes.gather(
                 {"reward": copy.deepcopy(self.reward.state_dict()), "rng": checkpoint.rng_state()}
             ),
@@ -629,6 +683,8 @@ class Trainer:
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.algorithm.load_state_dict(state["algorithm"]["state"])
+        if self.monitor is not None and state.get("monitor") is not None:
+            self.monitor.load_state_dict(state["monitor"])
         mine = own[self.processes.rank % len(own)]
         self.reward.load_state_dict(mine["reward"])
         checkpoint.load_rng_state(mine["rng"])

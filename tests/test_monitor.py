@@ -6,14 +6,21 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
-from difftune.monitor import Monitor, MonitorConfig, distance, smoothed, spread, standard_error
-from difftune.reward import build_reward
+from difftune import config as cf
+from difftune.algorithm import build_algorithm
+from difftune.monitor import Monitor, MonitorAlarm, MonitorConfig, distance, smoothed, spread, standard_error
+from difftune.policy import LoraConfig, Policy
+from difftune.reward import FunctionReward, build_reward
+from difftune.sampler import Sampler
+from difftune.trainer import Trainer
 from difftune.types import UserError
 
 PROMPTS = [f"prompt {index // 4}" for index in range(32)]
@@ -209,3 +216,111 @@ def test_the_state_goes_on_where_it_was() -> None:
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         MonitorConfig(**wrong)
+
+
+# A run
+
+
+class Scripted(FunctionReward):
+    """A reward that says its course, whatever the pictures: a script of what training may do."""
+
+    def __init__(self, name: str, course: Course) -> None:
+        self.calls = 0
+        super().__init__(name, lambda images, prompts: self.next(images), False)
+        self.course = course
+
+    def next(self, images: Tensor) -> Tensor:
+        """Return the next epoch's scores, which differ a little from sample to sample."""
+        self.calls += 1
+        return self.course(self.calls) + images.mean((1, 2, 3)) * 0.01
+
+
+def run(
+    out: Path | None = None, algorithm: str = "ddpo", monitor: Any = None, reward: Any = None, **settings: Any
+) -> Trainer:
+    policy = Policy(tiny.PIPELINES["sd"](), LoraConfig(rank=2))
+    sizes = {"epochs": 8, "prompts_per_epoch": 2, "samples_per_prompt": 2, "updates_per_epoch": 1, "sample_every": 0}
+    return Trainer(
+        policy=policy,
+        sampler=Sampler(policy, steps=2, guidance_scale=2.0, batch_size=4),
+        algorithm=build_algorithm(algorithm, lr=1e-4),
+        reward=reward or build_reward("brightness"),
+        prompts=["a cat", "a dog"],
+        out=out,
+        monitor=monitor,
+        **{**sizes, "save_every": 1, **settings},
+    )
+
+
+def scripted(course: Course, **config: Any) -> Monitor:
+    monitor = Monitor(MonitorConfig(rewards=["clip_score"], window=2, **config))
+    monitor._watched = {"clip_score": Scripted("clip_score", course)}
+    return monitor
+
+
+def test_a_watched_run_logs_what_it_sees_and_trains_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = list(run(epochs=2))
+    torch.manual_seed(0)
+    seen = list(run(tmp_path / "run", monitor=["clip_score"], epochs=2))
+    for before, after in zip(plain, seen, strict=True):
+        added = {name for name in after.values if name.startswith("monitor/")}
+        assert {"monitor/clip_score", "monitor/brightness", "monitor/sample_distance", "monitor/alarms"} <= added
+        kept = {name: value for name, value in after.values.items() if name not in added}
+        del kept["samples_per_second"]
+        assert kept == {name: value for name, value in before.values.items() if name != "samples_per_second"}
+        assert after.seconds["monitor"] > 0
+    assert "monitor/alarms" in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_run_stops_after_the_epoch_of_the_alarm_and_resumes_once_told_to_warn(tmp_path: Path) -> None:
+    rising = Scripted("rising", lambda epoch: float(epoch))
+    trainer = run(
+        tmp_path / "run", reward=rising, monitor=scripted(lambda epoch: -5.0 * max(0, epoch - 4), action="stop")
+    )
+    done = []
+    stops = pytest.raises(MonitorAlarm, match="go back to epoch [45],")
+    with pytest.warns(UserWarning, match="clip_score fell by"), stops:
+        for metrics in trainer:
+            done.append(metrics)
+    assert done[-1]["monitor/alarms"] == 1 and 5 <= done[-1].epoch < 8
+    again = {"reward": Scripted("rising", lambda epoch: 9.0 + epoch), "resume": True}
+    with pytest.raises(MonitorAlarm, match="go back to epoch [45],"):
+        list(run(tmp_path / "run", monitor=scripted(lambda epoch: -99.0, action="stop"), **again))
+    assert list(run(tmp_path / "run", monitor=scripted(lambda epoch: -99.0), **again))[-1].epoch == 8
+
+
+def test_a_gradient_method_is_watched_on_samples_of_its_own() -> None:
+    metrics = next(iter(run(algorithm="alignprop", monitor=["contrast"], epochs=1)))
+    assert math.isfinite(metrics["monitor/contrast"]) and metrics["monitor/sample_distance"] > 0
+
+
+# The configuration
+
+
+def section(value: Any) -> Any:
+    given = {"model": "difftune/tiny-sd", "reward": "brightness", "algorithm": "ddpo", "prompts": ["a"]}
+    return cf.validate({**given, "monitor": value}).monitor
+
+
+def test_the_section_is_a_list_or_a_mapping() -> None:
+    assert section(None) is None
+    assert section(["clip_score"]) == MonitorConfig(rewards=["clip_score"])
+    config = section({"rewards": ["contrast", {"name": "ocr", "side": "64"}], "action": "stop", "window": 3})
+    assert config.rewards[1] == {"name": "ocr", "side": 64} and config.action == "stop"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["clip_scor"], "monitor.rewards.0.name: unknown reward 'clip_scor'"),
+        ([{"name": "ocr", "sid": 3}], "monitor.rewards.0.sid: unknown setting"),
+        ({"rewards": ["contrast"], "windows": 3}, "monitor.windows"),
+        ({"rewards": ["contrast"], "action": "shout"}, "monitor.action"),
+        ([], "monitor.rewards"),
+    ],
+)
+def test_mistakes_in_the_section_are_named(value: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        section(value)
+    assert message in str(caught.value)

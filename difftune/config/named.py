@@ -34,10 +34,13 @@ def checked_algorithm(value: Any) -> dict[str, Any]:
     return {"name": given["name"], **settings.model_dump(mode="json")}
 
 
-def checked_reward(value: Any) -> Any:
-    """Return the reward as it was given, its settings and those of the rewards it is made of coerced to their types."""
+def checked_reward(value: Any, path: str = "reward") -> Any:
+    """Return the reward as it was given, its settings and those of the rewards it is made of coerced to their types.
+
+    ``path`` is the key it stands under, for messages.
+    """
     problems: list[str] = []
-    checked = _checked_terms(value, "reward", problems)
+    checked = _checked_terms(value, path, problems)
     if problems:
         raise Problems(problems)
     return checked

@@ -75,6 +75,7 @@ class Run:
             base_model=base_model_name(self.config.model),
             description=published(self.config),
             listener=listener,
+            monitor=self.config.monitor,
         )
 
 

@@ -14,6 +14,7 @@ HARMLESS = (
     "device",
     "threads",
     "evaluate",
+    "monitor.action",
     "gradient_checkpointing",
     "train.epochs",
     "train.micro_batch",

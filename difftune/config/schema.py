@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from difftune.config.messages import Problems, located
 from difftune.config.named import checked_algorithm, checked_reward
 from difftune.config.sections import EvaluateConfig, PromptsConfig, SamplerConfig, load_split
+from difftune.monitor import MonitorConfig
 from difftune.policy import LoraConfig, ModelConfig
 from difftune.registry import nearest
 from difftune.trainer import TrainerConfig
@@ -47,6 +48,9 @@ class RunConfig(BaseModel):
     evaluate: EvaluateConfig | None = Field(
         None, description="Evaluation on held-out prompts after training; null: none."
     )
+    monitor: MonitorConfig | None = Field(
+        None, description="Rewards that are watched, not trained on: a list, or a mapping with when to raise the alarm."
+    )
     out: str | None = Field(None, description="The run's folder; null: runs/ and the configuration's name.")
     plugins: list[str] = Field(
         default_factory=list, description="Python files with rewards or algorithms, relative to the configuration."
@@ -67,6 +71,13 @@ class RunConfig(BaseModel):
     @classmethod
     def _resolve_reward(cls, value: Any) -> Any:
         return checked_reward(value)
+
+    @field_validator("monitor", mode="after")
+    @classmethod
+    def _resolve_monitor(cls, value: MonitorConfig | None) -> MonitorConfig | None:
+        if value is None:
+            return None
+        return value.model_copy(update={"rewards": checked_reward(value.rewards, "monitor.rewards")})
 
     @field_validator("prompts", mode="after")
     @classmethod
