@@ -284,7 +284,7 @@ def test_a_run_stops_after_the_epoch_of_the_alarm_and_resumes_once_told_to_warn(
         for metrics in trainer:
             done.append(metrics)
     assert done[-1]["monitor/alarms"] == 1 and 5 <= done[-1].epoch < 8
-    again = {"reward": Scripted("rising", lambda epoch: 9.0 + epoch), "resume": True}
+    again: dict[str, Any] = {"reward": Scripted("rising", lambda epoch: 9.0 + epoch), "resume": True}
     with pytest.raises(MonitorAlarm, match="go back to epoch [45],"):
         list(run(tmp_path / "run", monitor=scripted(lambda epoch: -99.0, action="stop"), **again))
     assert list(run(tmp_path / "run", monitor=scripted(lambda epoch: -99.0), **again))[-1].epoch == 8
