@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from difftune.policy import Policy
+from difftune.types import UserError
 
 T = TypeVar("T")
 
@@ -39,12 +45,14 @@ class Processes:
     Attributes:
         rank: this process's number, from 0.
         count: how many there are.
+        sharded: whether the base model's weights lie scattered over the processes.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.rank: int = accelerator.process_index
         self.count: int = accelerator.num_processes
+        self.sharded = False
         self._interrupted = False
         self._interruptible = False
 
@@ -82,6 +90,26 @@ class Processes:
         self._settle(error)
         return result
 
+    def in_step(self, work: Callable[..., T], *args: Any) -> T:
+        """Return ``work(*args)``, where the work runs the denoiser.
+
+        That is :meth:`together`, unless the model is sharded. Then the work exchanges weights at every layer: all
+        processes must call the denoiser equally often, and a process that fails on the way cannot tell the others,
+        so it breaks the connection that they wait at.
+
+        Raises:
+            ProcessError: another process failed or ended while this one was at work.
+        """
+        if not self.sharded:
+            return self.together(work, *args)
+        self.together(lambda: None)
+        try:
+            with _ended(only_exchanges=True):
+                return work(*args)
+        except BaseException:
+            torch.distributed.destroy_process_group()
+            raise
+
     def _settle(self, error: BaseException | None) -> None:
         try:
             found = self.gather(None if error is None else _Failure.of(error))
@@ -99,6 +127,38 @@ class Processes:
         if error is not None and chosen == self.rank:
             raise error
         raise failures[chosen].error() from error
+
+    def shard(self, policy: Policy) -> None:
+        """Scatter the weights of the policy's frozen base over the processes (FSDP2, Zhao et al. 2023).
+
+        Each layer's weights are gathered for its own forward and backward pass only. The layers are those that
+        diffusers keeps whole when it places a model on several devices (``_no_split_modules``); a model that names none
+        is gathered as one. The trained weights stay whole in every process, so that adapters, checkpoints and the
+        optimizer are what they are without sharding.
+
+        Raises:
+            UserError: the whole model is trained, or the run has one process.
+        """
+        if self.count == 1:
+            raise UserError(
+                "train.sharding: fsdp scatters the model over processes, and this run has one; start it with "
+                "accelerate launch or torchrun, or set train.sharding to none"
+            )
+        if policy.lora is None:
+            raise UserError(
+                "train.sharding: fsdp scatters the frozen base of a LoRA, and this run trains the model itself (lora: "
+                "null); set train.sharding to none"
+            )
+        mesh = init_device_mesh(self.accelerator.device.type, (self.count,))
+        trained = set(policy.parameters())
+        for module in policy.denoisers.values():
+            names = set(getattr(module, "_no_split_modules", None) or ())
+            layers = [layer for layer in module.modules() if type(layer).__name__ in names and layer is not module]
+            # From the inside out: a layer takes what no layer within it has taken.
+            for layer in [*reversed(layers), module]:
+                if any(parameter not in trained for parameter in layer.parameters()):
+                    fully_shard(layer, mesh=mesh, ignored_params=trained)
+        self.sharded = True
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -172,11 +232,16 @@ class Processes:
 
 
 @contextlib.contextmanager
-def _ended() -> Iterator[None]:
-    """Say in one line that an exchange broke off, which torch does in many."""
+def _ended(only_exchanges: bool = False) -> Iterator[None]:
+    """Say in one line that an exchange broke off, which torch does in many.
+
+    ``only_exchanges`` lets errors through that are of something else, as far as their text tells.
+    """
     try:
         yield
     except RuntimeError as error:
+        if only_exchanges and not re.search(r"gloo|nccl|closed by peer|process group", str(error), re.IGNORECASE):
+            raise
         reason = str(error).strip().splitlines()[0][:120]
         raise ProcessError(f"another process of the run has ended or no longer answers ({reason})") from error
 

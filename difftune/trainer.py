@@ -9,15 +9,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -63,6 +64,10 @@ class TrainerConfig(BaseModel):
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept.")
     sample_every: int = Field(5, ge=0, description="Epochs between sample grids; 0 for none.")
     sample_count: int = Field(16, ge=1, description="Pictures in a sample grid.")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="With several processes: each holds the model (none), or a part of the frozen base (fsdp).",
+    )
 
     @property
     def samples_per_epoch(self) -> int:
@@ -184,6 +189,13 @@ class Trainer:
         if self.processes.count > 1:
             self.policy.load_state_dict(self.processes.from_first(self.policy.state_dict()))
         self.algorithm.setup(self.policy)
+        if self.config.sharding == "fsdp":
+            if self.config.samples_per_epoch < self.processes.count:
+                raise UserError(
+                    f"train.sharding: fsdp needs a sample per process, got {self.config.samples_per_epoch} samples per "
+                    f"epoch for {self.processes.count} processes; raise train.samples_per_prompt"
+                )
+            self.processes.shard(self.policy)
         self._boundary: dict[str, Any] | None = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._reported: list[RewardOutput] = []
@@ -254,14 +266,14 @@ class Trainer:
         scores: RewardOutput | None = None
         prepared = Prepared({})
         if self.algorithm.evidence != "gradient":
-            trajectory = self.processes.together(self._draw, samples)
+            trajectory = self.processes.in_step(self._draw, samples)
             groups = samples.texts
             if self._labelled is None:
                 scores = self._score(trajectory, samples)
             else:
                 scores, groups = self._labelled.scores(samples.metadata), self._labelled.groups(len(samples))
             if self.parity is None:
-                self.processes.together(self._pass_gate, trajectory)
+                self.processes.in_step(self._pass_gate, trajectory)
             prepared = self.processes.together(self.algorithm.prepare, groups, scores)
         values = self._update(samples, trajectory, prepared)
         self.algorithm.after_epoch(self.policy, self.step)
@@ -290,7 +302,7 @@ class Trainer:
         """Let the monitor see the epoch's samples, and return its values."""
         if self.algorithm.evidence == "gradient":
             # The update decodes and scores its samples piece by piece; others of the same noise are looked at.
-            trajectory = self.processes.together(self._draw, samples)
+            trajectory = self.processes.in_step(self._draw, samples)
             scores = self._score(trajectory, samples)
         assert scores is not None
         with self._phase("monitor"):
@@ -342,9 +354,16 @@ class Trainer:
             if self._labelled is not None:
                 with self._phase("rollout"):
                     return self._labelled.trajectory(mine, samples.texts, samples.keys, samples.metadata)
-            return self._rollout(
+            trajectory = self._rollout(
                 [samples.texts[i] for i in mine], [samples.keys[i] for i in mine], samples.conditions_at(mine)
             )
+            if self.processes.sharded:
+                # The weights come together only if all call: a shorter share ends with calls that nobody looks at.
+                calls = [math.ceil(len(share) / self.sampler.batch_size) for share in samples.shares]
+                for _ in range(max(calls) - calls[self.processes.rank]):
+                    texts, keys, conditions = samples.texts[:1], samples.keys[:1], samples.conditions_at([0])
+                    self.sampler.rollout(texts, keys=keys, conditions=conditions, decode=False)
+            return trajectory
 
     def _rollout(
         self, texts: Sequence[str], keys: Sequence[SampleKey], conditions: Mapping[str, Sequence[Any]]
@@ -428,20 +447,16 @@ class Trainer:
 
     def _update(self, samples: _Samples, trajectory: Trajectory | None, prepared: Prepared) -> dict[str, float]:
         units = [[i] for i in range(len(samples))] if prepared.units is None else [list(u) for u in prepared.units]
-        owner = {i: rank for rank, share in enumerate(samples.shares) for i in share}
         meter: dict[str, list[tuple[float, float]]] = defaultdict(list)
         done, total = 0, self.algorithm.config.inner_epochs * self.config.updates_per_epoch
         with self._phase("update"):
-            evidence = self._bring_together(units, owner, samples, trajectory)
+            evidence = self._bring_together(units, samples, trajectory)
             for sweep in range(self.algorithm.config.inner_epochs):
                 order = torch.randperm(len(units), generator=self._generator(samples.epoch, sweep, "order")).tolist()
                 for number, chosen in enumerate(_split(order, self.config.updates_per_epoch)):
                     minibatch = [units[i] for i in chosen]
-                    # A unit is trained where its first sample was drawn.
-                    mine = [unit for unit in minibatch if owner[unit[0]] == self.processes.rank]
-                    size = sum(map(len, minibatch))
                     stream = (samples.epoch, sweep, f"minibatch{number}")
-                    found = self.processes.together(self._accumulate, mine, size, stream, samples, evidence, prepared)
+                    found = self.processes.in_step(self._accumulate, minibatch, stream, samples, evidence, prepared)
                     for name, values in found.items():
                         meter[name].extend(values)
                     meter["grad_norm"].append((self._optimize(), 1.0))
@@ -450,16 +465,20 @@ class Trainer:
         return self._means(meter)
 
     def _bring_together(
-        self, units: Sequence[list[int]], owner: Mapping[int, int], samples: _Samples, trajectory: Trajectory | None
+        self, units: Sequence[list[int]], samples: _Samples, trajectory: Trajectory | None
     ) -> _Evidence:
         """Return this process's samples, with those of its units that others have drawn (a pair across processes)."""
-        mine = samples.shares[self.processes.rank]
+        drawn = {i: rank for rank, share in enumerate(samples.shares) for i in share}
+        # A unit is trained where its first sample was drawn.
+        owner = {unit[0]: drawn[unit[0]] for unit in units}
+        spare = units[0] if units and self.processes.sharded else []
         if self.algorithm.evidence == "gradient":
-            return _Evidence(None, {})
-        moving = [i for unit in units for i in unit if owner[i] != owner[unit[0]]]
+            return _Evidence(owner, spare)
+        mine = samples.shares[self.processes.rank]
+        moving = {i for unit in units for i in unit if drawn[i] != owner[unit[0]]} | set(spare)
         parts, rows = [] if trajectory is None else [trajectory], list(mine)
         if moving:
-            leaving = [i for i in mine if i in set(moving)]
+            leaving = [i for i in mine if i in moving]
             given = None
             if leaving:
                 assert trajectory is not None
@@ -468,47 +487,70 @@ class Trainer:
                 if part is not None and theirs != leaving:
                     parts.append(_moved(part, self.policy.device if self.sampler.store == "device" else "cpu"))
                     rows.extend(theirs)
-        return _Evidence(Trajectory.cat(parts) if parts else None, {index: row for row, index in enumerate(rows)})
+        place = {index: row for row, index in enumerate(rows)}
+        return _Evidence(owner, spare, Trajectory.cat(parts) if parts else None, place)
 
     def _accumulate(
         self,
-        units: Sequence[list[int]],
-        size: int,
+        minibatch: Sequence[list[int]],
         stream: tuple[int, int, str],
         samples: _Samples,
         evidence: _Evidence,
         prepared: Prepared,
     ) -> dict[str, list[tuple[float, float]]]:
-        """Add up the gradients of ``units``, this process's part of a minibatch of ``size`` samples.
+        """Add up the gradients of this process's units of the minibatch.
 
         Returns metrics by name, as (value, samples) of each micro-batch.
         """
+        size = sum(map(len, minibatch))
+        shares: list[list[list[list[int]]]] = []
+        for rank in range(self.processes.count):
+            units = [unit for unit in minibatch if evidence.owner[unit[0]] == rank]
+            shares.append(list(_micro_batches(units, self.config.micro_batch)))
+        own = shares[self.processes.rank]
         meter: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        for micro in _micro_batches(units, self.config.micro_batch):
-            rows = [i for unit in micro for i in unit]
-            batch = Batch(
-                prompts=tuple(samples.texts[i] for i in rows),
-                keys=tuple(samples.keys[i] for i in rows),
-                values={name: value[rows] for name, value in prepared.values.items()},
-                trajectory=evidence.select(rows),
-                conditions=samples.conditions_at(rows),
-                metadata=[samples.metadata[i] for i in rows],
-                units=_renumbered(micro),
-            )
-            context = Context(
-                sampler=self.sampler,
-                policy=self.policy,
-                reward=self.reward,
-                weight=len(rows) / size,
-                # Keyed by the minibatch: how it is cut into micro-batches must not change the result.
-                generator=self._generator(*stream),
-                epoch=samples.epoch,
-                step=self.step,
-                report=self._report,
-            )
-            for name, value in self.algorithm.accumulate(batch, context).items():
-                meter[name].append((value, len(rows)))
+        for micro in own:
+            rows = sum(map(len, micro))
+            for name, value in self._backward(micro, rows / size, stream, samples, evidence, prepared).items():
+                meter[name].append((value, rows))
+        if self.processes.sharded:
+            # The weights come together only if all call: a shorter share ends with gradients of weight 0.
+            for _ in range(max(map(len, shares)) - len(own)):
+                self._backward([evidence.spare], 0.0, stream, samples, evidence, prepared)
         return meter
+
+    def _backward(
+        self,
+        units: Sequence[list[int]],
+        weight: float,
+        stream: tuple[int, int, str],
+        samples: _Samples,
+        evidence: _Evidence,
+        prepared: Prepared,
+    ) -> dict[str, float]:
+        """Add the gradient of one micro-batch, whose share of the minibatch is ``weight``; return its metrics."""
+        rows = [i for unit in units for i in unit]
+        batch = Batch(
+            prompts=tuple(samples.texts[i] for i in rows),
+            keys=tuple(samples.keys[i] for i in rows),
+            values={name: value[rows] for name, value in prepared.values.items()},
+            trajectory=evidence.select(rows),
+            conditions=samples.conditions_at(rows),
+            metadata=[samples.metadata[i] for i in rows],
+            units=_renumbered(units),
+        )
+        context = Context(
+            sampler=self.sampler,
+            policy=self.policy,
+            reward=self.reward,
+            weight=weight,
+            # Keyed by the minibatch: how it is cut into micro-batches must not change the result.
+            generator=self._generator(*stream),
+            epoch=samples.epoch,
+            step=self.step,
+            report=self._report if weight else lambda rewards: None,
+        )
+        return self.algorithm.accumulate(batch, context)
 
     def _report(self, rewards: RewardOutput) -> None:
         self._reported.append(_on_cpu(rewards))
@@ -545,10 +587,12 @@ class Trainer:
 
     def _write_samples(self) -> None:
         """Draw the sample grid: the same prompts and noise every time."""
-        self.processes.together(self._draw_samples)
+        if self.out is not None and self.config.sample_every:
+            self.processes.in_step(self._draw_samples, self.out)
 
-    def _draw_samples(self) -> None:
-        if self.out is None or not self.config.sample_every or not self.processes.first:
+    def _draw_samples(self, out: Path) -> None:
+        # A sharded model draws with all processes or not at all.
+        if not (self.processes.first or self.processes.sharded):
             return
         count = self.config.sample_count
         prompts = [self.sample_prompts[i % len(self.sample_prompts)] for i in range(count)]
@@ -559,9 +603,10 @@ class Trainer:
             )
             assert trajectory.images is not None
             images = trajectory.images if trajectory.images.ndim == 4 else trajectory.images[:, 0]
-            path = self.out / "samples" / f"epoch_{self.epoch:04d}.png"
-            path.parent.mkdir(exist_ok=True)
-            sample_grid(images.cpu(), columns=min(count, 8), captions=texts, path=path)
+            if self.processes.first:
+                path = out / "samples" / f"epoch_{self.epoch:04d}.png"
+                path.parent.mkdir(exist_ok=True)
+                sample_grid(images.cpu(), columns=min(count, 8), captions=texts, path=path)
 
     def save(self) -> list[Path]:
         """Write the adapter (or the trained weights, with ``lora=None``) and the report; return the files."""
@@ -706,15 +751,19 @@ class Trainer:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """The recorded samples that a process trains on.
+    """What a process trains on in an epoch.
 
     Attributes:
-        trajectory: the samples; ``None`` for ``gradient`` evidence, and where there are none.
-        place: a sample's index in the epoch to its row.
+        owner: a unit's first sample to the process that trains the unit.
+        spare: a unit that every process has, for calls that must be made and do not count; empty if there are none.
+        trajectory: the recorded samples; ``None`` for ``gradient`` evidence, and where there are none.
+        place: a sample's index in the epoch to its row in the trajectory.
     """
 
-    trajectory: Trajectory | None
-    place: Mapping[int, int]
+    owner: Mapping[int, int]
+    spare: list[int]
+    trajectory: Trajectory | None = None
+    place: Mapping[int, int] = field(default_factory=dict)
 
     def select(self, indices: Sequence[int]) -> Trajectory | None:
         """Return the samples of these indices."""

@@ -44,6 +44,7 @@ _STOPS = {
     "NonFiniteError": "",
     "ParityError": "",
     "CheckpointError": "",
+    "ProcessError": "",
     "MonitorAlarm": "",
     "RemoteError": "",
     "OutOfMemoryError": "; lower sampler.batch_size and train.micro_batch, or set gradient_checkpointing: true",

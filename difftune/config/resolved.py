@@ -22,6 +22,7 @@ HARMLESS = (
     "train.keep_checkpoints",
     "train.sample_every",
     "train.sample_count",
+    "train.sharding",
     "sampler.batch_size",
     "sampler.store",
 )
