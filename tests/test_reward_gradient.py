@@ -12,7 +12,6 @@ import tiny
 import torch
 
 from difftune.algorithm import Batch, Context, build_algorithm, reward_loss
-from difftune.algorithms._decode import decode
 from difftune.algorithms.alignprop import AlignPropConfig, first_step
 from difftune.algorithms.drtune import spaced_steps, stopped_inputs
 from difftune.algorithms.refl import middle_step
@@ -192,7 +191,7 @@ def test_decoding_is_the_pipelines_own(kind: str) -> None:
     traj = sampler.rollout(["a red cat", "two dog"])
     latents = traj.states[:, -1].clone().requires_grad_()
     calls = sampler.denoiser_calls
-    images = decode(sampler, latents, traj.prompts, traj.keys)
+    images = sampler.decode(latents, traj.prompts, traj.keys)
     assert sampler.denoiser_calls == calls
     torch.testing.assert_close(images.detach(), traj.images, atol=1e-6, rtol=0)
     images.sum().backward()
