@@ -175,9 +175,11 @@ def test_the_value_network_learns_what_the_states_tell() -> None:
     assert float((net(rows) - target).square().mean()) < 0.1 * before
     again = ValueNet(lr=1e-3, buffer=1000)
     again.load_state_dict(net.state_dict())
-    net.fit(2, 16), again.fit(2, 16)
+    for either in (net, again):
+        either.fit(2, 16)
     assert torch.equal(net(rows), again(rows))
-    net.remember(rows, target), net.remember(rows, target)
+    for _ in range(2):
+        net.remember(rows, target)
     assert len(net.state_dict()["rows"]) == 1000
 
 

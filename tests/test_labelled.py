@@ -228,17 +228,21 @@ def test_comparisons_stay_within_a_record(shades: Path) -> None:
     """Two records of one prompt in one epoch are two pairs, not one group of four."""
     rows = [{"prompt": "a", "chosen": f"bright{n}.png", "rejected": f"dark{n}.png"} for n in range(8)]
     run = trainer("diffusion_dpo", "flow", write_lines(shades / "p.jsonl", rows), 2, pairs="all")
-    units: list[Any] = []
-    prepare = run.algorithm.prepare
-    run.algorithm.prepare = lambda *args: (units.append(prepare(*args)), units[-1])[1]  # type: ignore[method-assign]
+    prepare, found = run.algorithm.prepare, []
+
+    def watched(prompts: Any, rewards: Any) -> Any:
+        found.append(prepare(prompts, rewards))
+        return found[-1]
+
+    run.algorithm.prepare = watched  # type: ignore[method-assign]
     next(iter(run))
-    assert units[0].units == [[2 * n, 2 * n + 1] for n in range(16)]
+    assert found[0].units == [[2 * n, 2 * n + 1] for n in range(16)]
 
 
 def test_seppo_takes_winners_alone_and_draws_the_rest(shades: Path) -> None:
     """Of two records one is a tie, in which nothing won."""
-    rows = [{"prompt": "a", "chosen": "bright0.png", "rejected": "dark0.png"}, {**PICK, "jpg_0": "dark0.png",
-            "jpg_1": "dark1.png", "label_0": 0.5, "label_1": 0.5}]  # fmt: skip
+    tie = {**PICK, "jpg_0": "dark0.png", "jpg_1": "dark1.png", "label_0": 0.5, "label_1": 0.5}
+    rows: list[dict[str, Any]] = [{"prompt": "a", "chosen": "bright0.png", "rejected": "dark0.png"}, tie]
     run = trainer("seppo", "diffusion", write_lines(shades / "p.jsonl", rows), 2)
     examples = run.algorithm.examples()
     assert examples is not None and [len(example.metadata["images"]) for example in examples] == [1]
@@ -266,7 +270,7 @@ def test_a_run_on_pictures_resumes(shades: Path) -> None:
 
 def test_a_number_of_samples_that_does_not_fit_is_refused(shades: Path) -> None:
     rows = [{"prompt": "a", "chosen": "bright0.png", "rejected": "dark0.png"}]
-    single = {"prompt": "a", "image": "dark0.png", "label": 1}
+    single: dict[str, Any] = {"prompt": "a", "image": "dark0.png", "label": 1}
     data = write_lines(shades / "p.jsonl", rows)
     with pytest.raises(UserError, match="the file has 2 pictures a line, and samples_per_prompt is 4; set .* to 2"):
         trainer("diffusion_dpo", "flow", data, 4)
