@@ -804,6 +804,7 @@ _OUTPUTS = {
     "images": True,
     "frames": True,
     "rgb": True,
+    "image": True,
     "sample": True,
     "audios": False,
     "prediction": False,

@@ -125,9 +125,12 @@ def measure_window(sampler: Sampler, trajectory: Trajectory, calls: Calls, recor
     steps = trajectory.stochastic_steps
     middle = steps[len(steps) // 2]
     calls.taken()
-    sampler.replay(trajectory, lambda view: None, steps=[middle])
+    alone: list[StepView] = []
+    sampler.replay(trajectory, alone.append, steps=[middle])
     taken = calls.taken()
-    expected = [step for step in recorded if step == middle]
+    assert torch.equal(alone[0].log_prob.detach(), alone[0].old_log_prob), "a step replayed alone has another log-prob"
+    # A class that cannot do without the skipped steps runs them, without gradients.
+    expected = [step for step in recorded if step == middle or (step < middle and not sampler._skips)]
     assert taken == expected, f"replaying step {middle} ran the denoiser at {taken}, expected {expected}"
     return f"{len(taken)} of {len(recorded)}"
 
@@ -175,10 +178,17 @@ def measure_backprop(sampler: Sampler, trajectory: Trajectory) -> str:
     """The gradient of the decoded samples against a finite difference along it, in fp64 where the class can."""
     back = in_fp64(sampler)
     try:
-        return compare_backprop(sampler, trajectory, (1e-3, 1e-2, 1e-1, 1.0))
-    except (RuntimeError, TypeError):  # a dtype is written into the pipeline
-        back()
-        return compare_backprop(sampler, trajectory, (1e-2, 1e-3, 1e-1))
+        try:
+            return compare_backprop(sampler, trajectory, (1e-3, 1e-2, 1e-4, 1e-1, 1e-5, 1.0))
+        except (RuntimeError, TypeError, AssertionError):  # a dtype is written into the pipeline
+            back()
+            return compare_backprop(sampler, trajectory, (1e-2, 1e-3, 1e-1))
+    except UserError as error:
+        assert "decodes by numpy" in str(error)
+        return "no: decoded by numpy"
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        return "no: decoded in place"
     finally:
         back()
 
@@ -224,7 +234,17 @@ def compare_backprop(sampler: Sampler, trajectory: Trajectory, sizes: tuple[floa
             break
     for parameter, start in zip(parameters, saved, strict=True):
         parameter.data = start
-    return "yes" if min(errors) < 0.03 else f"off by {min(errors):.1g}"
+    if min(errors) < 0.03:
+        return "yes"
+    if all(abs(error - 1) < 0.1 for error in errors) and quantizes(sampler.policy.pipe):
+        # Nearest entries of a codebook do not move with the latents; the gradient is the straight-through one.
+        return "no: rounded to a codebook"
+    return f"off by {min(errors):.1g}"
+
+
+def quantizes(pipe: Any) -> bool:
+    modules = [m for part in pipe.components.values() if isinstance(part, torch.nn.Module) for m in part.modules()]
+    return any(type(module).__name__ == "VectorQuantizer" for module in modules)
 
 
 def measure_lora(case: Case, sampler: Sampler, trajectory: Trajectory, folder: Path) -> str:
@@ -257,6 +277,8 @@ def measure(case: Case, folder: Path) -> Row:
     calls = Calls(sampler)
     trajectory = sampler.rollout(PROMPTS[: case.batch], conditions=case.conditions(case.batch))
     recorded = calls.taken()
+    if sampler._output_type == "np":
+        recorded = recorded[len(recorded) // 2 :]  # the class does not know "pt" and was called a second time
     ratio, gradients, silent = measure_gradients(sampler, trajectory)
     window = measure_window(sampler, trajectory, calls, recorded)
     probe = measure_probe(sampler, trajectory)
@@ -269,7 +291,9 @@ def measure(case: Case, folder: Path) -> Row:
         remarks.append(("", "one generator for all", "one sample a call")[sampler._form])
     elif case.batch == 1:
         remarks.append("one sample a call")
-    if trajectory.steps_out is not None:
+    if trajectory.kept is not None:
+        remarks.append(f"overwrites {1 - float(trajectory.kept.float().mean()):.0%} between steps")
+    elif trajectory.steps_out is not None:
         remarks.append("changes the sample between steps")
     if silent:
         remarks.append("no effect: " + ", ".join(f"`{name}`" for name in shortened(silent)))
@@ -283,39 +307,40 @@ def shortened(layers: list[str]) -> list[str]:
     return names if len(names) <= 2 else [names[0], f"... ({len(names)})"]
 
 
-#: Rows that can be built and have not been measured yet: not in the page's table. A run that writes the page measures
-#: them, and then they go from here.
+#: Rows that can be built and have no measurement that holds yet: not in the page's table. A run that writes the page
+#: measures them, and then they go from here.
 PENDING = {
-    # These three failed their probe or backpropagation when the whole matrix was last run.
-    "SanaPAGPipeline",
-    "ZImageImg2ImgPipeline",
-    "IFPipeline",
-    "StableDiffusionPAGImg2ImgPipeline",
-    "StableDiffusionPAGInpaintPipeline",
-    "StableDiffusionControlNetPAGPipeline",
-    "StableDiffusionAdapterPipeline",
-    "StableDiffusionImageVariationPipeline",
-    "AnimateDiffControlNetPipeline",
-    "StableDiffusionXLPAGImg2ImgPipeline",
-    "StableDiffusionXLPAGInpaintPipeline",
-    "StableDiffusionXLControlNetImg2ImgPipeline",
-    "StableDiffusionXLControlNetInpaintPipeline",
-    "StableDiffusionXLInstructPix2PixPipeline",
-    "StableDiffusionXLAdapterPipeline",
-    "StableDiffusion3ControlNetPipeline",
-    "FluxControlImg2ImgPipeline",
-    "FluxKontextInpaintPipeline",
-    "ChromaImg2ImgPipeline",
-    "QwenImageInpaintPipeline",
-    "IFImg2ImgPipeline",
-    "IFInpaintingPipeline",
-    "IFSuperResolutionPipeline",
-    "MarigoldNormalsPipeline",
-    "KandinskyV22Img2ImgPipeline",
-    "KandinskyV22CombinedPipeline",
-    "StableCascadeDecoderPipeline",
+    "StableDiffusionLDM3DPipeline",
+    "LDMSuperResolutionPipeline",
+    "StableDiffusionXLControlNetUnionPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline",
+    "KolorsPipeline",
+    "KolorsPAGPipeline",
+    "ZImageControlNetPipeline",
+    "ZImageControlNetInpaintPipeline",
+    "SanaSprintImg2ImgPipeline",
+    "HiDreamImagePipeline",
+    "HunyuanImagePipeline",
+    "Kandinsky5T2IPipeline",
+    "Kandinsky5I2IPipeline",
+    "PRXPipeline",
     "SkyReelsV2Pipeline",
-    "CogVideoXVideoToVideoPipeline",
+    "WanImageToVideoPipeline (2.2, a time per token)",
+    "SkyReelsV2ImageToVideoPipeline",
+    "LucyEditPipeline",
+    "CogVideoXFunControlPipeline",
+    "HunyuanSkyreelsImageToVideoPipeline",
+    "HunyuanVideoImageToVideoPipeline",
+    "HunyuanVideo15Pipeline",
+    "Kandinsky5T2VPipeline",
+    "Kandinsky5I2VPipeline",
+    "SanaVideoPipeline",
+    "SanaImageToVideoPipeline",
+    "CosmosTextToWorldPipeline",
+    "CosmosVideoToWorldPipeline",
+    "VideoToVideoSDPipeline",
+    "I2VGenXLPipeline",
 }
 
 MEASURED: dict[str, Row] = {}
@@ -362,8 +387,11 @@ fails.
 - **window**: denoiser calls when one step is replayed, of the calls the rollout made.
 - **probe**: the prediction at a recorded (x_t, t), asked for through the forward process, is the recorded one.
 - **backprop**: the gradient from the decoded output to the weights agrees with a finite difference along it.
+  "no" where the class decodes with numpy or in place, so that no graph leads back.
 - **LoRA**: the saved file, loaded into a fresh pipeline, gives the same output. *stock loader*: by the class's own
   `load_lora_weights`; *peft layout*: the class has no loader, the file is in peft's layout, loaded by `load_adapter`.
+- **remarks**: "overwrites 50% between steps" is what inpainting does with the region that is known: it is found by
+  following the latents from one step to the next, and left out of the log-prob and the KL.
 """
 
 COLUMNS = ["class", "T", "\\|ratio - 1\\|", "layers", "window", "probe", "backprop", "LoRA", "remarks"]
@@ -394,9 +422,11 @@ def page(rows: dict[str, Row]) -> str:
 
 #: Classes that were looked at and have no row, and why.
 UNCOVERED = {
-    "KolorsPipeline, KolorsImg2ImgPipeline, KolorsPAGPipeline": "diffusers does not import them without sentencepiece",
     "QwenImageEditPipeline and its kin": "their processors need torchvision; one sample a call by `difftune/quirks.py`",
-    "CosmosTextToWorldPipeline and its kin": "their guardrail is a package of its own",
+    "OmniGenPipeline, Cosmos2TextToImagePipeline, Cosmos2VideoToWorldPipeline": "they need torchvision",
+    "ChromaInpaintPipeline": "diffusers 0.42.1 asks its transformer for `guidance_embeds`, which that does not have",
+    "SemanticStableDiffusionPipeline with editing prompts": "its momentum carries predictions from step to step: the "
+    "parity gate refuses it",
 }
 
 
@@ -477,14 +507,31 @@ def test_a_row_would_notice_what_it_measures() -> None:
 # -- the pipeline of docs/custom_pipeline.md ---------------------------------------------------------------------
 
 
-def test_the_custom_pipeline_of_the_docs_trains_unchanged() -> None:
-    """The page's two blocks are run as they stand: fifty lines of pipeline, then a run whose reward rises."""
+def test_the_custom_pipeline_of_the_docs_trains_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's blocks are run as they stand: fifty lines of pipeline, a run, and its file in a fresh object.
+
+    On the same noise the tuned pipeline scores higher than the base by more than two standard errors of the
+    difference of two independent samples, and the fresh object draws what the trained one draws.
+    """
     blocks = re.findall(r"```python\n(.*?)```", (PAGE.parent / "custom_pipeline.md").read_text("utf-8"), re.DOTALL)
     names: dict[str, Any] = {"__name__": "custom_pipeline"}
-    assert len(blocks) == 2 and blocks[0].count("\n") <= 55 and "difftune" not in blocks[0]
+    assert len(blocks) == 3 and blocks[0].count("\n") <= 55 and "difftune" not in blocks[0]
+    monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(compile(block, "custom_pipeline.md", "exec"), names)
-    trainer, rewards = names["trainer"], names["rewards"]
+    trainer = names["trainer"]
     assert trainer.parity["max_ratio_error"] == 0
     assert trainer.parity["layers_reached"] == trainer.parity["layers"] == 3
-    assert rewards[-1] > rewards[0] + 0.005
+
+    def draw(pipe: Any) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(96)]
+        prompts = ["two strokes", "a storm", "the sea"] * 32
+        return pipe(prompts, num_inference_steps=8, guidance_scale=2.0, generator=generators).images
+
+    tuned = draw(names["pipe"])
+    torch.testing.assert_close(draw(names["fresh"]), tuned, atol=1e-5, rtol=0)
+    with trainer.policy.reference():
+        base = draw(names["pipe"])
+    scores = [images[:, 2].mean((1, 2)) - images[:, 0].mean((1, 2)) for images in (base, tuned)]
+    error = float(sum(score.var() / len(score) for score in scores) ** 0.5)
+    assert float(scores[1].mean() - scores[0].mean()) > 2 * error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ import torch
 from pipelines import CASES
 from torch import nn
 
+import difftune as dt
 from difftune.policy import LoraConfig, Policy
 from difftune.prompt_cache import PromptCache
+from difftune.prompts import load_prompts
 from difftune.puppet import Prediction
 from difftune.sampler import Sampler, StepView, keyed_noise, sample_keys, to_images
 from difftune.transition import Gaussian
@@ -228,6 +231,37 @@ def test_pictures_are_opened_when_the_pipeline_is_called(tmp_path: Path) -> None
     part = got.select([1])
     assert list(part.conditions["image"]) == paths["image"][1:]
     assert sampler.check_parity(got)["max_ratio_error"] == 0
+
+
+def test_a_run_inpaints_the_pictures_of_its_prompt_file(tmp_path: Path) -> None:
+    case = CASES["StableDiffusionInpaintPipeline (4 channels)"]
+    rows = []
+    for index, (image, mask) in enumerate(zip(*case.conditions(2).values(), strict=True)):
+        image.save(tmp_path / f"{index}.png")
+        mask.save(tmp_path / f"mask{index}.png")
+        rows.append({"prompt": PROMPTS[index], "image": f"{index}.png", "mask_image": f"mask{index}.png"})
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    sampler = Sampler(Policy(case.build(), LoraConfig(rank=2)), steps=3, call=case.call)
+    trainer = dt.Trainer(
+        policy=sampler.policy,
+        sampler=sampler,
+        algorithm=dt.build_algorithm("ddpo"),
+        reward="jpeg_compressibility",
+        prompts=file,
+        epochs=1,
+        prompts_per_epoch=2,
+        samples_per_prompt=2,
+    )
+    before = [parameter.detach().clone() for parameter in sampler.policy.parameters()]
+    (metrics,) = list(trainer)
+    assert trainer.parity is not None and trainer.parity["max_ratio_error"] == 0
+    assert metrics["denoiser_calls"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, sampler.policy.parameters(), strict=True))
+    rows[1]["image"] = "lost.png"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(UserError, match=r"prompts\.jsonl:2: image 'lost\.png': no such file"):
+        load_prompts(file)
 
 
 def test_numbers_are_one_for_all_samples_or_refused() -> None:

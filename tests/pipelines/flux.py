@@ -21,6 +21,7 @@ from pipelines.parts import (
     language,
     letters,
     make,
+    masks,
     pictures,
     t5,
 )
@@ -100,7 +101,11 @@ def _() -> Any:
 
 @case("FluxControlNetPipeline", **FLUX, call={**SIZE, **SHORT}, conditions=given("control_image"))
 def _() -> Any:
-    controlnet = make(
+    return flux("FluxControlNetPipeline", controlnet=flux_control())
+
+
+def flux_control() -> Any:
+    return make(
         df.FluxControlNetModel,
         in_channels=16,
         num_layers=1,
@@ -111,7 +116,6 @@ def _() -> Any:
         pooled_projection_dim=16,
         axes_dims_rope=[4, 4, 8],
     )
-    return flux("FluxControlNetPipeline", controlnet=controlnet)
 
 
 @case(
@@ -236,3 +240,75 @@ def _() -> Any:
         axes_dims_rope=[0, 8, 8],
     )
     return flux("BriaPipeline", text_encoder=t5(), tokenizer=letters(), transformer=transformer)
+
+
+@case("FluxControlInpaintPipeline", **FLUX, call={**SIZE, **SHORT, "strength": 1.0},
+      conditions=given(mask_image=masks, control_image=pictures))  # fmt: skip
+def _() -> Any:
+    return flux("FluxControlInpaintPipeline", 32)
+
+
+@case("FluxControlNetImg2ImgPipeline", **FLUX, call={**SIZE, **SHORT, "strength": 0.8},
+      conditions=given(control_image=pictures), steps=5)  # fmt: skip
+def _() -> Any:
+    return flux("FluxControlNetImg2ImgPipeline", controlnet=flux_control())
+
+
+@case("FluxControlNetInpaintPipeline", **FLUX, call={**SIZE, **SHORT, "strength": 1.0},
+      conditions=given(mask_image=masks, control_image=pictures))  # fmt: skip
+def _() -> Any:
+    return flux("FluxControlNetInpaintPipeline", controlnet=flux_control())
+
+
+@case("Flux2KleinInpaintPipeline", **FLUX, call={**FLUX2, "strength": 1.0}, conditions=INPAINT, batch=1)
+def _() -> Any:
+    return flux2("Flux2KleinInpaintPipeline", language("Qwen3ForCausalLM", "Qwen3Config"), is_distilled=False)
+
+
+@case("Flux2KleinKVPipeline", **FLUX, call=FLUX2)
+def _() -> Any:
+    return flux2("Flux2KleinKVPipeline", language("Qwen3ForCausalLM", "Qwen3Config"), is_distilled=True)
+
+
+@case("OvisImagePipeline", family="Ovis-Image", call={**SIZE, "max_sequence_length": 16, "negative_prompt": "dog"})
+def _() -> Any:
+    transformer = make(
+        df.OvisImageTransformer2DModel,
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return flux(
+        "OvisImagePipeline",
+        text_encoder=language("Qwen3Model", "Qwen3Config"),
+        tokenizer=letters(512),
+        transformer=transformer,
+    )
+
+
+@case("LongCatImagePipeline", family="LongCat-Image", call={**SIZE, "enable_prompt_rewrite": False})
+def _() -> Any:
+    transformer = make(
+        df.LongCatImageTransformer2DModel,
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=[4, 4, 8],
+    )
+    return flux(
+        "LongCatImagePipeline",
+        vae=kl(16, shift_factor=0.0, scaling_factor=1.0),
+        text_encoder=language("Qwen3ForCausalLM", "Qwen3Config"),
+        tokenizer=letters(1024),
+        text_processor=None,
+        transformer=transformer,
+    )

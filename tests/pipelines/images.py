@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import diffusers as df
+import tiny
 import transformers as tf
 
 from pipelines.parts import (
@@ -16,6 +17,7 @@ from pipelines.parts import (
     VOCAB,
     assemble,
     case,
+    clip,
     ddim,
     flow,
     given,
@@ -23,7 +25,10 @@ from pipelines.parts import (
     language,
     letters,
     make,
+    masks,
+    pictures,
     t5,
+    without_ftfy,
 )
 
 
@@ -217,11 +222,11 @@ def _() -> Any:
     )
 
 
-def hunyuan_dit(cls: str, **parts: Any) -> Any:
+def hunyuan_dit(cls: str, layers: int = 2, **parts: Any) -> Any:
     transformer = make(
         df.HunyuanDiT2DModel,
         sample_size=8,
-        num_layers=2,
+        num_layers=layers,
         patch_size=2,
         attention_head_dim=8,
         num_attention_heads=3,
@@ -292,9 +297,13 @@ def _() -> Any:
 
 @case("CogView4Pipeline", family="CogView", call={**SIZE, "max_sequence_length": 16})
 def _() -> Any:
+    return cogview4("CogView4Pipeline")
+
+
+def cogview4(cls: str, channels: int = 4) -> Any:
     transformer = make(
         df.CogView4Transformer2DModel,
-        in_channels=4,
+        in_channels=channels,
         num_layers=1,
         attention_head_dim=4,
         num_attention_heads=2,
@@ -304,7 +313,7 @@ def _() -> Any:
         condition_dim=4,
     )
     return assemble(
-        df.CogView4Pipeline,
+        getattr(df, cls),
         tokenizer=letters(padding="left"),
         text_encoder=language("GlmModel", "GlmConfig", pad_token_id=0),
         vae=kl(),
@@ -424,3 +433,263 @@ def _() -> Any:
         num_embeds_ada_norm=1000,
     )
     return assemble(df.DiTPipeline, transformer=transformer, vae=kl(), scheduler=ddim())
+
+
+@case("QwenImageControlNetPipeline", family="Qwen-Image", call={**SIZE, **TRUE_CFG, "max_sequence_length": 16},
+      conditions=given("control_image"))  # fmt: skip
+def _() -> Any:
+    return qwen_image("QwenImageControlNetPipeline", controlnet=qwen_control())
+
+
+@case("QwenImageControlNetInpaintPipeline", family="Qwen-Image",
+      call={**SIZE, **TRUE_CFG, "max_sequence_length": 16},
+      conditions=given("control_image", control_mask=masks))  # fmt: skip
+def _() -> Any:
+    return qwen_image("QwenImageControlNetInpaintPipeline", controlnet=qwen_control(extra_condition_channels=4))
+
+
+def qwen_control(**config: Any) -> Any:
+    return make(
+        df.QwenImageControlNetModel,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+        **config,
+    )
+
+
+@case("ZImageInpaintPipeline", family="Z-Image", call={**SIZE, "max_sequence_length": 32, "strength": 1.0},
+      conditions=INPAINT)  # fmt: skip
+def _() -> Any:
+    return z_image("ZImageInpaintPipeline")
+
+
+@case("ZImageControlNetPipeline", family="Z-Image", call={**SIZE, "max_sequence_length": 32},
+      conditions=given("control_image"))  # fmt: skip
+def _() -> Any:
+    return z_image("ZImageControlNetPipeline", controlnet=z_control(4))
+
+
+@case("ZImageControlNetInpaintPipeline", family="Z-Image", call={**SIZE, "max_sequence_length": 32},
+      conditions=given(mask_image=masks, control_image=pictures))  # fmt: skip
+def _() -> Any:
+    return z_image("ZImageControlNetInpaintPipeline", controlnet=z_control(9))
+
+
+def z_control(channels: int) -> Any:
+    return make(
+        df.ZImageControlNetModel,
+        control_layers_places=[0],
+        control_refiner_layers_places=[0],
+        control_in_dim=channels,
+        add_control_noise_refiner="control_noise_refiner",
+        dim=32,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+    )
+
+
+@case("SanaControlNetPipeline", family="Sana", call=SANA, conditions=given("control_image", size=32))
+def _() -> Any:
+    controlnet = make(
+        df.SanaControlNetModel,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=16,
+        sample_size=8,
+    )
+    return sana("SanaControlNetPipeline", {"num_layers": 2}, controlnet=controlnet)
+
+
+@case(
+    "SanaSprintImg2ImgPipeline",
+    family="Sana",
+    call={**SANA, "strength": 0.8, "intermediate_timesteps": None},
+    conditions=given(size=32),
+    steps=4,
+)
+def _() -> Any:
+    config = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
+    return sana("SanaSprintImg2ImgPipeline", config, scheduler=df.SCMScheduler())
+
+
+@case("HunyuanDiTControlNetPipeline", family="HunyuanDiT", call={**SIZE, "use_resolution_binning": False},
+      conditions=given("control_image"))  # fmt: skip
+def _() -> Any:
+    controlnet = make(
+        df.HunyuanDiT2DControlNetModel,
+        sample_size=8,
+        transformer_num_layers=4,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        in_channels=4,
+        cross_attention_dim=16,
+        cross_attention_dim_t5=16,
+        pooled_projection_dim=16,
+        hidden_size=24,
+        text_len=77,
+        text_len_t5=256,
+    )
+    return hunyuan_dit("HunyuanDiTControlNetPipeline", 4, controlnet=controlnet)
+
+
+@case("CogView4ControlPipeline", family="CogView", call={**SIZE, "max_sequence_length": 16},
+      conditions=given("control_image"))  # fmt: skip
+def _() -> Any:
+    return cogview4("CogView4ControlPipeline", 8)
+
+
+@case("HiDreamImagePipeline", family="HiDream", call={**SIZE, "max_sequence_length": 8})
+def _() -> Any:
+    transformer = make(
+        df.HiDreamImageTransformer2DModel,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_channels=[16, 16],
+        text_emb_dim=32,
+        num_routed_experts=2,
+        num_activated_experts=1,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(32, 32),
+        llama_layers=(0, 1),
+        force_inference_output=True,
+    )
+    return assemble(
+        df.HiDreamImagePipeline,
+        scheduler=flow(),
+        vae=kl(shift_factor=0.0),
+        text_encoder=clip(True),
+        tokenizer=tiny.tokenizer(),
+        text_encoder_2=clip(True),
+        tokenizer_2=tiny.tokenizer(),
+        text_encoder_3=t5(),
+        tokenizer_3=letters(),
+        text_encoder_4=language("LlamaForCausalLM", "LlamaConfig"),
+        tokenizer_4=letters(),
+        transformer=transformer,
+    )
+
+
+@case("HunyuanImagePipeline", family="HunyuanImage", call=SIZE, batch=1)
+def _() -> Any:
+    vae = make(
+        df.AutoencoderKLHunyuanImage,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=16,
+        scaling_factor=0.75,
+    )
+    transformer = make(
+        df.HunyuanImageTransformer2DModel,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=16,
+        rope_axes_dim=(4, 4),
+    )
+    return assemble(
+        df.HunyuanImagePipeline,
+        scheduler=flow(shift=7.0),
+        vae=vae,
+        text_encoder=language("Qwen2ForCausalLM", "Qwen2Config"),
+        tokenizer=letters(1024),
+        text_encoder_2=t5(),
+        tokenizer_2=letters(),
+        transformer=transformer,
+        guider=guider(df.guiders.ClassifierFreeGuidance),
+        ocr_guider=guider(df.guiders.ClassifierFreeGuidance),
+    )
+
+
+def guider(cls: Any) -> Any:
+    return cls(guidance_scale=3.0)
+
+
+@case("Kandinsky5T2IPipeline", family="Kandinsky 5", call=SIZE)
+def _() -> Any:
+    return kandinsky5("Kandinsky5T2IPipeline")
+
+
+@case("Kandinsky5I2IPipeline", family="Kandinsky 5", call=SIZE, conditions=given())
+def _() -> Any:
+    return kandinsky5("Kandinsky5I2IPipeline", visual_cond=True)
+
+
+def kandinsky5(cls: str, visual_cond: bool = False, **parts: Any) -> Any:
+    transformer = make(
+        df.Kandinsky5Transformer3DModel,
+        in_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=16,
+        time_dim=16,
+        out_visual_dim=4,
+        model_dim=16,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 2, 2),
+        visual_cond=visual_cond,
+    )
+    return assemble(
+        getattr(df, cls),
+        **{
+            "transformer": transformer,
+            "vae": kl(shift_factor=0.0),
+            "text_encoder": language("Qwen2ForCausalLM", "Qwen2Config"),
+            "tokenizer": letters(1024),
+            "text_encoder_2": clip(length=77),
+            "tokenizer_2": tiny.tokenizer(77),
+            "scheduler": flow(),
+            **parts,
+        },
+    )
+
+
+@case("PRXPipeline", family="PRX", call={**SIZE, "use_resolution_binning": False})
+def _() -> Any:
+    transformer = make(
+        df.PRXTransformer2DModel,
+        in_channels=4,
+        patch_size=1,
+        context_in_dim=16,
+        hidden_size=16,
+        num_heads=2,
+        depth=1,
+        axes_dim=[4, 4],
+    )
+    without_ftfy(df.PRXPipeline)
+    return assemble(
+        df.PRXPipeline,
+        transformer=transformer,
+        scheduler=flow(),
+        text_encoder=t5(),
+        tokenizer=letters(),
+        vae=kl(shift_factor=0.0),
+        default_sample_size=8,
+    )

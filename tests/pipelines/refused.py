@@ -30,6 +30,16 @@ def _() -> Any:
     return refused("ShapEPipeline", df.HeunDiscreteScheduler())
 
 
+@case("StableDiffusionAttendAndExcitePipeline", family="Stable Diffusion", refused="along gradients of the denoiser")
+def _() -> Any:
+    return refused("StableDiffusionAttendAndExcitePipeline")
+
+
+@case("StableDiffusionPanoramaPipeline", family="Stable Diffusion", refused="steps copies of its scheduler")
+def _() -> Any:
+    return refused("StableDiffusionPanoramaPipeline")
+
+
 @case("LLaDA2Pipeline", family="LLaDA", refused="samples discrete tokens")
 def _() -> Any:
     return refused("LLaDA2Pipeline")

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers as df
 import tiny
 
-from pipelines.parts import INPAINT, SHORT, SIZE, assemble, case, given, kl, make
+from pipelines.parts import INPAINT, SHORT, SIZE, assemble, case, given, kl, make, masks
 
 
 def sd3(cls: str, layers: int = 2, channels: int = 4, **parts: Any) -> Any:
@@ -64,7 +64,11 @@ def _() -> Any:
 
 @case("StableDiffusion3ControlNetPipeline", **SD3, call={**SIZE, **SHORT}, conditions=given("control_image"))
 def _() -> Any:
-    controlnet = make(
+    return sd3("StableDiffusion3ControlNetPipeline", controlnet=sd3_control())
+
+
+def sd3_control(**config: Any) -> Any:
+    return make(
         df.SD3ControlNetModel,
         sample_size=8,
         patch_size=2,
@@ -77,5 +81,16 @@ def _() -> Any:
         pooled_projection_dim=32,
         out_channels=4,
         pos_embed_max_size=8,
+        **config,
     )
-    return sd3("StableDiffusion3ControlNetPipeline", controlnet=controlnet)
+
+
+@case("StableDiffusion3PAGImg2ImgPipeline", **SD3, call={**SIZE, **SHORT, "strength": 0.8}, conditions=given(), steps=5)
+def _() -> Any:
+    return sd3("StableDiffusion3PAGImg2ImgPipeline", pag_applied_layers=["blocks.0"])
+
+
+@case("StableDiffusion3ControlNetInpaintingPipeline", **SD3, call={**SIZE, **SHORT}, conditions=given("control_image",
+      control_mask=masks))  # fmt: skip
+def _() -> Any:
+    return sd3("StableDiffusion3ControlNetInpaintingPipeline", controlnet=sd3_control(extra_conditioning_channels=1))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers as df
 import tiny
 import transformers as tf
 
+from pipelines.images import kandinsky5
 from pipelines.parts import (
     SIZE,
+    VOCAB,
     assemble,
     case,
     clip,
@@ -26,16 +26,18 @@ from pipelines.parts import (
     pictures,
     t5,
     vision,
+    without_ftfy,
 )
+from pipelines.stable_diffusion import sd
 
 
 def wan_vae() -> Any:
     return make(df.AutoencoderKLWan, base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
 
 
-def wan_transformer(**config: Any) -> Any:
+def wan_transformer(cls: Any = df.WanTransformer3DModel, **config: Any) -> Any:
     return make(
-        df.WanTransformer3DModel,
+        cls,
         **{
             "num_attention_heads": 2,
             "attention_head_dim": 12,
@@ -52,8 +54,7 @@ def wan_transformer(**config: Any) -> Any:
 
 
 def wan(cls: str, **parts: Any) -> Any:
-    # Wan cleans prompts by ftfy, in most files without asking whether it is installed.
-    vars(sys.modules[getattr(df, cls).__module__]).setdefault("ftfy", SimpleNamespace(fix_text=lambda text: text))
+    without_ftfy(getattr(df, cls))
     return assemble(
         getattr(df, cls),
         **{
@@ -102,19 +103,11 @@ def _() -> Any:
 
 @case("SkyReelsV2Pipeline", family="SkyReels", call=WAN)
 def _() -> Any:
-    transformer = make(
-        df.SkyReelsV2Transformer3DModel,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=16,
-        out_channels=16,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=16,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    return wan("SkyReelsV2Pipeline", transformer=transformer)
+    return wan("SkyReelsV2Pipeline", transformer=skyreels())
+
+
+def skyreels(**config: Any) -> Any:
+    return wan_transformer(df.SkyReelsV2Transformer3DModel, **config)
 
 
 def ltx(cls: str, **parts: Any) -> Any:
@@ -234,8 +227,8 @@ def _() -> Any:
     return cogvideox("CogVideoXVideoToVideoPipeline")
 
 
-def hunyuan_video(cls: str, **parts: Any) -> Any:
-    vae = make(
+def hunyuan_vae() -> Any:
+    return make(
         df.AutoencoderKLHunyuanVideo,
         latent_channels=4,
         down_block_types=("HunyuanVideoDownBlock3D",) * 4,
@@ -245,9 +238,12 @@ def hunyuan_video(cls: str, **parts: Any) -> Any:
         norm_num_groups=4,
         scaling_factor=0.476986,
     )
+
+
+def hunyuan_video(cls: str, channels: int = 4, condition: str | None = None, **parts: Any) -> Any:
     transformer = make(
         df.HunyuanVideoTransformer3DModel,
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=10,
@@ -258,17 +254,20 @@ def hunyuan_video(cls: str, **parts: Any) -> Any:
         text_embed_dim=16,
         pooled_projection_dim=16,
         rope_axes_dim=(2, 4, 4),
+        image_condition_type=condition,
     )
     return assemble(
         getattr(df, cls),
-        text_encoder=language("LlamaModel", "LlamaConfig"),
-        tokenizer=letters(512),
-        text_encoder_2=clip(length=77),
-        tokenizer_2=tiny.tokenizer(77),
-        transformer=transformer,
-        vae=vae,
-        scheduler=flow(shift=7.0),
-        **parts,
+        **{
+            "text_encoder": language("LlamaModel", "LlamaConfig"),
+            "tokenizer": letters(512),
+            "text_encoder_2": clip(length=77),
+            "tokenizer_2": tiny.tokenizer(77),
+            "transformer": transformer,
+            "vae": hunyuan_vae(),
+            "scheduler": flow(shift=7.0),
+            **parts,
+        },
     )
 
 
@@ -430,3 +429,284 @@ def _() -> Any:
         ),
         feature_extractor=tf.CLIPImageProcessor(crop_size=224, size=224),
     )
+
+
+@case("WanVACEPipeline", family="Wan", call={**WAN, "conditioning_scale": 1.0}, batch=1)
+def _() -> Any:
+    transformer = wan_transformer(df.WanVACETransformer3DModel, vace_layers=[0], vace_in_channels=2 * 16 + 64)
+    return wan("WanVACEPipeline", transformer=transformer)
+
+
+@case("WanImageToVideoPipeline (2.2, a time per token)", family="Wan", call={**WAN, "height": 32, "width": 32},
+      conditions=given(size=32), batch=1)  # fmt: skip
+def _() -> Any:
+    return wan("WanImageToVideoPipeline", expand_timesteps=True)
+
+
+@case("SkyReelsV2ImageToVideoPipeline", family="SkyReels", call=WAN, conditions=given(), batch=1)
+def _() -> Any:
+    return wan("SkyReelsV2ImageToVideoPipeline", transformer=skyreels(in_channels=36, image_dim=16),
+               image_encoder=vision(), image_processor=image_processor())  # fmt: skip
+
+
+@case("LucyEditPipeline", family="Wan", call=WAN,
+      conditions=lambda count: {"video": [pictures(5) for _ in range(count)]}, batch=1)  # fmt: skip
+def _() -> Any:
+    return wan("LucyEditPipeline", transformer=wan_transformer(in_channels=32), scheduler=flow(shift=3.0))
+
+
+@case("CogVideoXFunControlPipeline", family="CogVideoX", call={**SIZE, "max_sequence_length": 16},
+      conditions=lambda count: {"control_video": [pictures(8) for _ in range(count)]}, batch=1)  # fmt: skip
+def _() -> Any:
+    return cogvideox("CogVideoXFunControlPipeline", channels=8)
+
+
+@case(
+    "HunyuanSkyreelsImageToVideoPipeline",
+    family="HunyuanVideo",
+    call={**SIZE, "num_frames": 5, "prompt_template": TEMPLATE, "max_sequence_length": 16},
+    conditions=given(),
+    batch=1,
+)
+def _() -> Any:
+    return hunyuan_video("HunyuanSkyreelsImageToVideoPipeline", channels=8)
+
+
+LLAVA_TEMPLATE = {
+    "template": "\n\n{}\n\n",
+    "crop_start": 1,
+    "image_emb_len": 4,
+    "image_emb_start": 0,
+    "image_emb_end": 4,
+    "double_return_token_id": 100,
+}
+
+
+@case(
+    "HunyuanVideoImageToVideoPipeline",
+    family="HunyuanVideo",
+    call={**SIZE, "num_frames": 5, "max_sequence_length": 16, "prompt_template": LLAVA_TEMPLATE},
+    conditions=given(size=32),
+    batch=1,
+)
+def _() -> Any:
+    vision_config = tf.CLIPVisionConfig(hidden_size=16, image_size=32, projection_dim=16, intermediate_size=32,
+                                        num_attention_heads=2, num_hidden_layers=2, patch_size=16)  # fmt: skip
+    text_config = tf.LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+                                 num_attention_heads=2, max_position_embeddings=1024, pad_token_id=0)  # fmt: skip
+    config = tf.LlavaConfig(vision_config=vision_config, text_config=text_config, image_token_index=101,
+                            vision_feature_layer=-1)  # fmt: skip
+    return hunyuan_video(
+        "HunyuanVideoImageToVideoPipeline",
+        channels=9,
+        condition="latent_concat",
+        text_encoder=make(tf.LlavaForConditionalGeneration, config=config),
+        image_processor=image_processor(),
+    )
+
+
+@case("HunyuanVideo15Pipeline", family="HunyuanVideo", call={**SIZE, "num_frames": 5}, batch=1)
+def _() -> Any:
+    vae = make(
+        df.AutoencoderKLHunyuanVideo15,
+        latent_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        temporal_compression_ratio=2,
+    )
+    transformer = make(
+        df.HunyuanVideo15Transformer3DModel,
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=16,
+        image_embed_dim=16,
+        rope_axes_dim=(2, 2, 4),
+        target_size=16,
+        task_type="t2v",
+    )
+    return assemble(
+        df.HunyuanVideo15Pipeline,
+        text_encoder=language("Qwen2Model", "Qwen2Config"),
+        tokenizer=letters(1200),
+        transformer=transformer,
+        vae=vae,
+        scheduler=flow(shift=7.0),
+        text_encoder_2=t5(),
+        tokenizer_2=letters(256),
+        guider=df.guiders.ClassifierFreeGuidance(guidance_scale=3.0),
+    )
+
+
+@case("Kandinsky5T2VPipeline", family="Kandinsky 5", call={**SIZE, "num_frames": 5})
+def _() -> Any:
+    return kandinsky5("Kandinsky5T2VPipeline", vae=hunyuan_vae())
+
+
+@case("Kandinsky5I2VPipeline", family="Kandinsky 5", call={**SIZE, "num_frames": 5},
+      conditions=given(), batch=1)  # fmt: skip
+def _() -> Any:
+    return kandinsky5("Kandinsky5I2VPipeline", visual_cond=True, vae=hunyuan_vae())
+
+
+@case("SanaVideoPipeline", family="Sana", call={**SIZE, "frames": 5, "max_sequence_length": 16,
+      "use_resolution_binning": False, "complex_human_instruction": None})  # fmt: skip
+def _() -> Any:
+    return sana_video("SanaVideoPipeline")
+
+
+@case("SanaImageToVideoPipeline", family="Sana", call={**SIZE, "frames": 5, "max_sequence_length": 16,
+      "use_resolution_binning": False, "complex_human_instruction": None},
+      conditions=given(), batch=1)  # fmt: skip
+def _() -> Any:
+    return sana_video("SanaImageToVideoPipeline")
+
+
+def sana_video(cls: str) -> Any:
+    transformer = make(
+        df.SanaVideoTransformer3DModel,
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=16,
+        sample_size=8,
+        rope_max_seq_len=32,
+    )
+    return assemble(
+        getattr(df, cls),
+        tokenizer=letters(),
+        text_encoder=language("Gemma2Model", "Gemma2Config", query_pre_attn_scalar=8),
+        vae=wan_vae(),
+        transformer=transformer,
+        scheduler=flow(shift=3.0),
+    )
+
+
+class Guardrail:
+    """Lets everything pass, in the place of NVIDIA's guardrail, which is a package of its own."""
+
+    def to(self, device: Any) -> Guardrail:
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
+def cosmos(cls: str, channels: int = 16, **parts: Any) -> Any:
+    transformer = make(
+        df.CosmosTransformer3DModel,
+        in_channels=channels,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        mlp_ratio=2,
+        text_embed_dim=16,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        patch_size=(1, 2, 2),
+        rope_scale=(2.0, 1.0, 1.0),
+        concat_padding_mask=True,
+        extra_pos_embed_type="learnable",
+    )
+    return assemble(
+        getattr(df, cls),
+        **{
+            "text_encoder": t5(),
+            "tokenizer": letters(),
+            "transformer": transformer,
+            "vae": wan_vae(),
+            "scheduler": flow(use_karras_sigmas=True),
+            "safety_checker": Guardrail(),
+            **parts,
+        },
+    )
+
+
+COSMOS = {**SIZE, "max_sequence_length": 16}
+
+
+@case("CosmosTextToWorldPipeline", family="Cosmos", call={**COSMOS, "num_frames": 9})
+def _() -> Any:
+    vae = cosmos_vae()
+    return cosmos("CosmosTextToWorldPipeline", vae=vae, scheduler=edm())
+
+
+@case("CosmosVideoToWorldPipeline", family="Cosmos", call={**COSMOS, "num_frames": 9}, conditions=given(), batch=1)
+def _() -> Any:
+    return cosmos("CosmosVideoToWorldPipeline", channels=17, vae=cosmos_vae(), scheduler=edm())
+
+
+def edm() -> Any:
+    return df.EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", rho=7.0,
+                                prediction_type="epsilon", final_sigmas_type="sigma_min")  # fmt: skip
+
+
+def cosmos_vae() -> Any:
+    return make(
+        df.AutoencoderKLCosmos,
+        latent_channels=16,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(8,),
+        resolution=64,
+        num_layers=2,
+        patch_size=4,
+        patch_type="haar",
+        scaling_factor=1.0,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )
+
+
+def unet3d(cls: Any = None, **config: Any) -> Any:
+    return make(
+        cls or df.UNet3DConditionModel,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=2,
+        **config,
+    )
+
+
+@case("TextToVideoSDPipeline", family="ModelScope", call={**SIZE, "num_frames": 2})
+def _() -> Any:
+    return sd("TextToVideoSDPipeline", unet=unet3d())
+
+
+@case(
+    "VideoToVideoSDPipeline",
+    family="ModelScope",
+    conditions=lambda count: {"video": [pictures(2) for _ in range(count)]},
+    call={"strength": 0.8},
+    steps=5,
+    batch=1,
+)
+def _() -> Any:
+    return sd("VideoToVideoSDPipeline", unet=unet3d())
+
+
+@case("I2VGenXLPipeline", family="ModelScope", call={**SIZE, "num_frames": 2}, conditions=given(size=32), batch=1)
+def _() -> Any:
+    return sd("I2VGenXLPipeline", unet=unet3d(df.I2VGenXLUNet), image_encoder=vision(),
+              feature_extractor=image_processor())  # fmt: skip
