@@ -340,6 +340,28 @@ def qwen_folder(folder: Path) -> dict[str, Any]:
     return {"model": str(folder / "qwen")}
 
 
+KINDS = ("cat", "dog", "bench", "cup")
+
+
+def yolos_folder(folder: Path) -> dict[str, Any]:
+    """Write a random YOLOS for four classes."""
+    from transformers import YolosConfig, YolosForObjectDetection
+
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = YolosConfig(
+        **sizes, image_size=[64, 64], patch_size=16, num_detection_tokens=8, id2label=dict(enumerate(KINDS))
+    )
+    config.use_mid_position_embeddings = False
+    torch.manual_seed(0)
+    randomised(YolosForObjectDetection(config), 0, 0.5).save_pretrained(folder / "yolos")  # type: ignore[operator]
+    return {"detector": str(folder / "yolos"), "side": 64, "model": TOKENIZER, "correct": "mean"}
+
+
+def one_object(prompt: str) -> dict[str, Any]:
+    """Return metadata that asks for an object, another one for prompts of another length."""
+    return {"include": [{"class": KINDS[len(prompt) % 4]}, {"class": KINDS[len(prompt) % 3], "color": "red"}]}
+
+
 def hpsv3_file(folder: Path) -> dict[str, Any]:
     """Write HPSv3.safetensors in the layout of transformers 4.45: a Qwen2-VL, one token more, and the head."""
     from safetensors.torch import load_file, save_file
@@ -468,6 +490,7 @@ CASES: dict[str, Case] = {
     "hpsv2": Case(hps_file),
     "hpsv2_1": Case(hps_file),
     "hpsv3": Case(hpsv3_file),
+    "geneval": Case(yolos_folder, one_object),
     "social_reward": Case(lambda folder: {**clip_file(folder), "activation": "gelu"}),
     "aesthetic": Case(aesthetic_file),
     "aesthetic_v25": Case(siglip_folder),
