@@ -8,6 +8,8 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
+import sys
 import time
 import traceback
 import warnings
@@ -25,7 +27,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from difftune.algorithm import build_algorithm
-from difftune.checkpoint import checkpoints
+from difftune.checkpoint import checkpoints, load_checkpoint
 from difftune.policy import LoraConfig, Policy
 from difftune.processes import Processes, even_shares
 from difftune.reward import FunctionReward, Reward, build_reward
@@ -519,3 +521,38 @@ def between(rank: int, out: Path) -> list[int]:
 def test_an_interruption_between_epochs_reaches_both(tmp_path: Path) -> None:
     assert both(between, tmp_path) == [[1], [1]]
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step_000001"]
+
+
+# -- from the command line -------------------------------------------------------------------------------------------
+
+CONFIG = """
+model: difftune/tiny-sd
+device: cpu
+algorithm: {name: ddpo, normalize: batch}
+reward: jpeg_compressibility
+prompts: {source: ["two stars", "a red circle", "a blue square"]}
+sampler: {steps: 2, guidance_scale: 1.0}
+train: {epochs: 1, prompts_per_epoch: 3, samples_per_prompt: 3, micro_batch: 4, sample_every: 0}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_launchers_run_the_command_line(tmp_path: Path, launcher: list[str]) -> None:
+    (tmp_path / "my.yaml").write_text(CONFIG)
+    root = str(Path(__file__).parent.parent)
+    given = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", *launcher, "-m", "difftune", "train", "my.yaml", "--out", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(timeless(tmp_path / "run/metrics.jsonl")) == 1
+    assert (tmp_path / "run/adapter/pytorch_lora_weights.safetensors").is_file()
+    (folder,) = checkpoints(tmp_path / "run/checkpoints")
+    assert len(load_checkpoint(folder)["processes"]) == 2

@@ -13,6 +13,7 @@ import tiny
 import torch
 
 import difftune as dt
+from difftune import checkpoint
 from difftune.algorithm import build_algorithm
 from difftune.policy import LoraConfig, Policy
 from difftune.reward import FunctionReward, Reward
@@ -150,6 +151,46 @@ def test_interrupted_anywhere_a_run_resumes_to_the_bit(
     assert timeless(tmp_path / "whole/metrics.jsonl") == timeless(tmp_path / "cut/metrics.jsonl")
     a, b = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
     assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+    assert whole.algorithm.state_dict() == resumed.algorithm.state_dict()
+
+
+@pytest.mark.parametrize("moment", ["prepared", "accumulated", "saving"])
+def test_interrupted_inside_a_phase_a_run_resumes_to_the_bit(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the rewards have entered the statistics, between two micro-batches, and with half a checkpoint written."""
+    settings: dict[str, Any] = {"algorithm": {"normalize": "prompt", "prompt_min_count": 3}, "micro_batch": 2}
+    whole = make(tmp_path / "whole", **settings)
+    list(whole)
+
+    cut = make(tmp_path / "cut", **settings)
+    raised = []
+
+    def then_interrupt(work: Any) -> Any:
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            result = work(*args, **kwargs)
+            if not raised and cut.epoch == (2 if moment == "saving" else 1):
+                raised.append(moment)
+                raise KeyboardInterrupt
+            return result
+
+        return interrupted
+
+    place: tuple[Any, str] = {
+        "prepared": (cut.algorithm, "prepare"),
+        "accumulated": (cut.algorithm, "accumulate"),
+        "saving": (checkpoint, "save_file"),
+    }[moment]
+    monkeypatch.setattr(*place, then_interrupt(getattr(*place)))
+    with pytest.raises(KeyboardInterrupt):
+        list(cut)
+    assert raised and not any(p.name.startswith(".") for p in cut.checkpoint_root.iterdir())
+
+    resumed = make(tmp_path / "cut", resume=True, **settings)
+    assert resumed.epoch == 1
+    list(resumed)
+    assert same(weights(whole), weights(resumed))
+    assert timeless(tmp_path / "whole/metrics.jsonl") == timeless(tmp_path / "cut/metrics.jsonl")
     assert whole.algorithm.state_dict() == resumed.algorithm.state_dict()
 
 
