@@ -32,7 +32,7 @@ class Tap:
 
     Attributes:
         calls: forward passes that were really run since the tap was made (skipped ones do not count).
-        samples: the rows of these passes' batches, which is what the papers call denoiser calls; a guided step of one
+        rows: the rows of these passes' batches, which is what the papers call denoiser calls; a guided step of one
             picture is two.
     """
 
@@ -44,7 +44,7 @@ class Tap:
                 setattr(module, _CHECKPOINTS, False)
         self._shapes: dict[tuple[Any, ...], Any] = {}
         self.calls = 0
-        self.samples = 0
+        self.rows = 0
 
     @contextlib.contextmanager
     def open(
@@ -91,7 +91,7 @@ class Tap:
                 batch, shapes = self._shapes[key]
                 return _zeros(shapes, batch, batch if sample is None else len(sample))
             self.calls += 1
-            self.samples += 1 if sample is None else len(sample)
+            self.rows += 1 if sample is None else len(sample)
             if action == "grad":
                 torch.set_grad_enabled(True)
                 with around():

@@ -78,7 +78,7 @@ def run_cell(name: str, seed: int, threads: int, runs: Path) -> dict[str, Any]:
         "settings": settings,
         **{key: summary[key] for key in ("before", "after", "better")},
         "pictures": summary["settings"]["samples"],
-        "denoiser_samples": sum(epoch["denoiser_samples"] for epoch in epochs),
+        "denoiser_rows": sum(epoch["denoiser_rows"] for epoch in epochs),
         "seconds": sum(sum(v for k, v in epoch.items() if k.startswith("seconds/")) for epoch in epochs),
         "rewards": [epoch["reward/mean"] for epoch in epochs],
     }
@@ -105,7 +105,7 @@ def page(records: Sequence[dict[str, Any]], threads: int) -> str:
         for name, of_seeds in sorted(rows.items()):
             base, tuned = (statistics.mean(r[key]["reward/mean"] for r in of_seeds) for key in ("before", "after"))
             gains = ", ".join(f"{gain(r):+.1f}" for r in of_seeds)
-            calls = statistics.mean(r["denoiser_samples"] for r in of_seeds)
+            calls = statistics.mean(r["denoiser_rows"] for r in of_seeds)
             seconds = statistics.mean(r["seconds"] for r in of_seeds)
             recipe = f"[{name.removesuffix('-' + model)}](../configs/{name}.yaml)"
             lines.append(

@@ -157,6 +157,11 @@ class Sampler:
         """Forward passes of the denoiser that were run so far (skipped steps do not count)."""
         return self._tap.calls
 
+    @property
+    def denoiser_rows(self) -> int:
+        """Rows of the batches of these passes: the papers' denoiser calls (a guided step of one picture is two)."""
+        return self._tap.rows
+
     # -- record ------------------------------------------------------------------------------------------
 
     def rollout(

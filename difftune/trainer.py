@@ -199,7 +199,7 @@ class Trainer:
         self._boundary: dict[str, Any] | None = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._reported: list[RewardOutput] = []
-        self._gate_calls = 0
+        self._gate_cost = (0, 0)
         if self.out is not None:
             self.processes.together(self._open, resume)
             self._require_one_run()
@@ -258,7 +258,7 @@ class Trainer:
         self._seconds.clear()
         if saving is not None:
             self._seconds["save"] = saving
-        before, self._gate_calls = self.sampler.denoiser_calls, 0
+        before, self._gate_cost = self._cost(), (0, 0)
         started = time.perf_counter()
         samples = self._plan(epoch)
         self._reported.clear()
@@ -285,8 +285,9 @@ class Trainer:
         took = time.perf_counter() - started
         values["samples_per_second"] = len(samples) / took
         # Every process passes the gate once, resumed or not: its calls are not the epoch's.
-        calls = self.sampler.denoiser_calls - before - self._gate_calls
-        values["denoiser_calls"] = float(sum(self.processes.gather(calls)))
+        spent = [now - then - gate for now, then, gate in zip(self._cost(), before, self._gate_cost, strict=True)]
+        calls, rows = (sum(of_all) for of_all in zip(*self.processes.gather(spent), strict=True))
+        values |= {"denoiser_calls": float(calls), "denoiser_rows": float(rows)}
         if self.monitor is not None:
             values |= self._watch(self.monitor, samples, trajectory, scores, values.get("kl"))
         return self._finish(epoch, values)
@@ -409,14 +410,19 @@ class Trainer:
         return _joined([part for part in self.processes.gather(mine) if part is not None])
 
     def _pass_gate(self, trajectory: Trajectory | None) -> None:
-        before = self.sampler.denoiser_calls
+        before = self._cost()
         with self.policy.adapter(self.algorithm.behaviour):
             if trajectory is not None and self._labelled is not None:
                 # Pictures that the policy did not draw have no log-probs to come back to: a rollout of its own has.
                 rows = slice(self.sampler.batch_size)
                 trajectory = self.sampler.rollout(trajectory.prompts[rows], keys=trajectory.keys[rows], decode=False)
             self.parity = {} if trajectory is None else self._gate(trajectory)
-        self._gate_calls = self.sampler.denoiser_calls - before
+        calls, rows = (now - then for now, then in zip(self._cost(), before, strict=True))
+        self._gate_cost = (calls, rows)
+
+    def _cost(self) -> tuple[int, int]:
+        """Return the denoiser's passes so far, and their rows."""
+        return self.sampler.denoiser_calls, self.sampler.denoiser_rows
 
     def _gate(self, trajectory: Trajectory) -> dict[str, float]:
         with self._phase("gate"):

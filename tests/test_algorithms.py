@@ -44,7 +44,7 @@ RESTLESS = {"rwr", "adjoint_matching"}
 PROMPTS = ["a red cat", "two dog"]
 
 #: What the trainer adds to every record.
-EVERYONES = {"grad_norm", "samples_per_second", "denoiser_calls"}
+EVERYONES = {"grad_norm", "samples_per_second", "denoiser_calls", "denoiser_rows"}
 
 
 def noise_for(name: str, kind: str) -> float:

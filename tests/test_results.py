@@ -23,7 +23,7 @@ def record(**changed: Any) -> dict[str, Any]:
         "before": {"reward/mean": 1.0, "reward/std": 0.3},
         "after": {"reward/mean": 2.0, "reward/std": 0.4},
         "pictures": 4,
-        "denoiser_samples": 1000,
+        "denoiser_rows": 1000,
         "seconds": 60.0,
         **changed,
     }

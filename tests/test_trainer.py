@@ -164,7 +164,7 @@ def test_interrupted_inside_a_phase_a_run_resumes_to_the_bit(
     list(whole)
 
     cut = make(tmp_path / "cut", **settings)
-    raised = []
+    raised: list[str] = []
 
     def then_interrupt(work: Any) -> Any:
         def interrupted(*args: Any, **kwargs: Any) -> Any:
