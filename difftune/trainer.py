@@ -414,8 +414,8 @@ class Trainer:
         with self.policy.adapter(self.algorithm.behaviour):
             if trajectory is not None and self._labelled is not None:
                 # Pictures that the policy did not draw have no log-probs to come back to: a rollout of its own has.
-                rows = slice(self.sampler.batch_size)
-                trajectory = self.sampler.rollout(trajectory.prompts[rows], keys=trajectory.keys[rows], decode=False)
+                first = slice(self.sampler.batch_size)
+                trajectory = self.sampler.rollout(trajectory.prompts[first], keys=trajectory.keys[first], decode=False)
             self.parity = {} if trajectory is None else self._gate(trajectory)
         calls, rows = (now - then for now, then in zip(self._cost(), before, strict=True))
         self._gate_cost = (calls, rows)
