@@ -47,13 +47,13 @@ def cells(only: Sequence[str] = ("*",)) -> Iterator[tuple[str, int]]:
     for name in sorted(recipes()):
         if name.endswith(MODELS) and any(Path(name).match(pattern) for pattern in only):
             config = load_config(name)
-            many = config.algorithm.name in THREE_SEEDS and "scene" not in name
+            many = config.algorithm["name"] in THREE_SEEDS and "scene" not in name
             yield from ((name, seed) for seed in range(3 if many else 1))
 
 
 def settings_of(name: str, seed: int, threads: int) -> dict[str, Any]:
     """Return all settings of a cell, without those that name a place."""
-    config = load_config(name, [f"seed={seed}", f"threads={threads}"])
+    config = load_config(name, [f"train.seed={seed}", f"threads={threads}"])
     return {key: value for key, value in resolve(config).items() if key not in ("out", "device")}
 
 
@@ -68,7 +68,7 @@ def run_cell(name: str, seed: int, threads: int, runs: Path) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     out = runs / f"{name}-{seed}-{digest}"
     resume = ["--resume"] if (out / "checkpoints").is_dir() else []
-    command = [sys.executable, "-m", "difftune", "train", name, f"seed={seed}", f"threads={threads}", f"out={out}"]
+    command = [sys.executable, "-m", "difftune", "train", name, f"train.seed={seed}", f"threads={threads}", f"out={out}"]
     subprocess.run([*command, *resume], check=True)
     summary = json.loads((out / "summary.json").read_text())
     epochs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

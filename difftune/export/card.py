@@ -122,7 +122,7 @@ def add_figures(folder: str | Path, figures: Mapping[str, Mapping[str, float]]) 
         raise UserError(f"{str(card)!r} is no model card of an adapter; expected a folder that save_adapter wrote")
     head = head.partition("\n## Figures\n")[0].rstrip("\n")
     with staging(folder) as stage:
-        written = "\n".join([head, "", *_figure_rows(figures)]) + use.lstrip("\n") + rest
+        written = "\n".join([head, "", *_figure_rows(figures)]) + use + rest
         (stage / card.name).write_text(written, encoding="utf-8")
         commit(stage, Path(folder), [card.name])
     return card
