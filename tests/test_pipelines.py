@@ -179,7 +179,7 @@ def measure_backprop(sampler: Sampler, trajectory: Trajectory) -> str:
     back = in_fp64(sampler)
     try:
         try:
-            return compare_backprop(sampler, trajectory, (1e-3, 1e-2, 1e-4, 1e-1, 1e-5, 1.0))
+            return compare_backprop(sampler, trajectory, (1e-3, 1e-2, 1e-4, 1e-1, 0.2, 0.4, 1e-5, 1.0))
         except (RuntimeError, TypeError, AssertionError):  # a dtype is written into the pipeline
             back()
             return compare_backprop(sampler, trajectory, (1e-2, 1e-3, 1e-1))
