@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +55,26 @@ def test_settings_name_no_place_and_tell_seeds_apart() -> None:
     assert json.loads(json.dumps(one)) == one, "records are read back from JSON and compared"
 
 
-def test_the_page_is_what_the_records_say() -> None:
-    records = results.read_records(DOCS / "results")
-    assert records, "run make results"
+@pytest.fixture
+def records() -> list[dict[str, Any]]:
+    """The records that are kept."""
+    found = results.read_records(DOCS / "results")
+    if not found:
+        assert not (DOCS / "results.md").exists(), "a page without records"
+        pytest.skip("no records are kept: run make results")
+    return found
+
+
+def test_the_page_is_what_the_records_say(records: list[dict[str, Any]]) -> None:
     assert (DOCS / "results.md").read_text() == results.page(records, threads=1)
 
 
-def test_every_record_is_of_its_recipe_as_it_stands() -> None:
-    for one in results.read_records(DOCS / "results"):
+def test_every_record_is_of_its_recipe_as_it_stands(records: list[dict[str, Any]]) -> None:
+    for one in records:
         assert one["settings"] == results.settings_of(one["recipe"], one["seed"], 1), one["recipe"]
 
 
-def test_every_algorithm_learns_by_its_recipe() -> None:
+def test_every_algorithm_learns_by_its_recipe(records: list[dict[str, Any]]) -> None:
     """Two standard errors, with every seed, is what counts as learning."""
-    for one in results.read_records(DOCS / "results"):
-        if not re.search("scene", one["recipe"]):
-            assert results.gain(one) >= 2, f"{one['recipe']}, seed {one['seed']}"
+    for one in records:
+        assert results.gain(one) >= 2, f"{one['recipe']}, seed {one['seed']}"
