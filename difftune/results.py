@@ -68,8 +68,8 @@ def run_cell(name: str, seed: int, threads: int, runs: Path) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     out = runs / f"{name}-{seed}-{digest}"
     resume = ["--resume"] if (out / "checkpoints").is_dir() else []
-    command = [sys.executable, "-m", "difftune", "train", name, f"train.seed={seed}", f"threads={threads}", f"out={out}"]
-    subprocess.run([*command, *resume], check=True)
+    overrides = [f"train.seed={seed}", f"threads={threads}", f"out={out}"]
+    subprocess.run([sys.executable, "-m", "difftune", "train", name, *overrides, *resume], check=True)
     summary = json.loads((out / "summary.json").read_text())
     epochs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
