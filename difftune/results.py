@@ -30,10 +30,11 @@ THREE_SEEDS = ("alignprop", "d3po", "ddpo", "diffusion_dpo", "grpo", "rdp", "rwr
 
 HEAD = """# Results
 
-Every algorithm on both embedded models, each by its recipe. *Base* and *tuned* are mean rewards on prompts that were
-never trained on, drawn from fresh noise by the stock pipeline, without and with the saved file; *gain* is their
-difference in standard errors of the difference of the two means. Denoiser calls count pictures, not batches: a guided
-step of one picture is two. Seconds are those of the epochs, {threads} CPU thread{plural}, and noisy.
+What the recipes of the embedded models gave; a recipe that is not here has not been run to its end. *Base* and *tuned*
+are mean rewards on prompts that were never trained on, drawn from fresh noise by the stock pipeline, without and with
+the saved file; *gain* is their difference in standard errors of the difference of the two means, for each seed.
+Denoiser calls count pictures, not batches: a guided step of one picture is two. Seconds are those of the epochs,
+{threads} CPU thread{plural}, and noisy.
 
     make results                                   # all cells that are missing or whose recipe has changed
     python -m difftune.results --only 'rdp-*'      # some of them
@@ -100,6 +101,8 @@ def page(records: Sequence[dict[str, Any]], threads: int) -> str:
         for record in records:
             if record["recipe"].endswith(model):
                 rows.setdefault(record["recipe"], []).append(record)
+        if not rows:
+            continue
         lines += [f"\n## difftune/{model}\n", "| recipe | seeds | base | tuned | gain | denoiser calls | seconds |"]
         lines.append("|---|---:|---:|---:|---|---:|---:|")
         for name, of_seeds in sorted(rows.items()):
