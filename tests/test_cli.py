@@ -238,7 +238,7 @@ def test_demo_takes_the_next_free_folder(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def start(place: Path, out: str, *more: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "difftune.cli", "train", "my.yaml", "reward.wait=0.3", "--out", out, *more],
+        [sys.executable, "-m", "difftune", "train", "my.yaml", "reward.wait=0.3", "--out", out, *more],
         cwd=place,
         env=environment,
         stdout=subprocess.PIPE,
@@ -584,7 +584,7 @@ def test_usage_errors_and_no_arguments(capsys: Capture) -> None:
 
 def test_help_is_quick() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-m", "difftune.cli", "--help"]
+    command = [sys.executable, "-m", "difftune", "--help"]
     took = []
     for _ in range(4):
         # The processor's seconds: what else the machine is doing must not count.

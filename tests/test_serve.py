@@ -210,7 +210,7 @@ def test_the_command_refuses_in_one_line(capsys: pytest.CaptureFixture[str], mon
 
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted() -> None:
-    command = [sys.executable, "-m", "difftune.cli", "serve", "brightness", "--port", "0", "--device", "cpu"]
+    command = [sys.executable, "-m", "difftune", "serve", "brightness", "--port", "0", "--device", "cpu"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None

@@ -73,7 +73,7 @@ def command_name() -> str:
         return "difftune"
     here = Path(sys.argv[0])
     if here.name != "difftune":
-        return "python -m difftune.cli"
+        return "python -m difftune"
     with contextlib.suppress(ValueError):
         return str(here.absolute().relative_to(Path.cwd()))
     return str(here)
