@@ -1,7 +1,14 @@
-"""One thread for every test: the tensors are tiny, and results then do not depend on the machine's cores."""
+"""What every test starts from: one thread, and Ctrl-C as a terminal has it.
+
+The tensors are tiny, and on one thread results do not depend on the machine's cores. A shell starts what it puts into
+the background with SIGINT ignored, and everything that such a process starts ignores it too.
+"""
 
 from __future__ import annotations
+
+import signal
 
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)

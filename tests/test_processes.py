@@ -80,8 +80,6 @@ def both(work: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any
     def child(rank: int, pipe: Any) -> None:
         try:
             os.environ.update(environment(rank, port))
-            # A shell starts what it puts into the background with SIGINT ignored.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             AcceleratorState._reset_state(reset_partial_state=True)
             torch.set_num_threads(1)
             result = work(rank, *args)

@@ -220,4 +220,7 @@ def test_the_command_serves_until_it_is_interrupted() -> None:
         assert posted(url[1], asked(), key[1])[1]["scores"] == [0.0]
         assert posted(url[1], asked(), "another")[0] == 401
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
