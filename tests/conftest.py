@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import signal
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Take back what a run in the test before may have set."""
+    torch.set_num_threads(1)
