@@ -120,7 +120,10 @@ _TITLES = {
     "grad_norm": "Gradient norm",
     "log_prob": "Log-probability",
     "loss": "Loss",
+    "advantage/abs_mean": "Size of advantages",
     "samples_per_second": "Samples per second",
+    "denoiser_calls": "Denoiser passes",
+    "denoiser_rows": "Denoiser calls, by picture",
 }
 """Known metrics with their titles, in the order they are shown; others follow under their own names."""
 
