@@ -12,18 +12,19 @@ the base model,
 
 The adjoint is a target, not a graph: nothing is differentiated through the fine-tuned model's trajectory.
 
-Which variant this is, and how popular code differs. Steps are regressed on the adjoint *after* them, which is the exact
-discrete optimum (the authors' code takes the one before, an error of order dt). Losses are means over dimensions and
-steps; the authors' clipping at a running quantile of the loss and their buffer are left out. Memoryless noise is DDIM
-with eta 1, and on flow models ``flow_sde`` with eta sqrt 2; any other noise gives a biased tilt and is refused. The
-adjoint goes through the pipeline's own guided call, so guidance belongs to the base model.
+Which variant this is, and how popular code differs. Steps are regressed on the adjoint *after* them, which is the
+exact discrete optimum (the authors' code takes the one before, an error of order dt). Losses are means over dimensions
+and steps; the authors' clipping at a running quantile of the loss and their buffer are left out. Memoryless noise is
+DDIM with eta 1, and on flow models ``flow_sde`` with eta sqrt 2: where ``sampler.eta`` is left open it is that; any
+other noise gives a biased tilt and is refused. The adjoint goes through the pipeline's own guided call, so guidance
+belongs to the base model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -59,6 +60,7 @@ class AdjointMatching(TransitionAlgorithm):
     paper = "Adjoint Matching: Fine-tuning with Memoryless SOC, Domingo-Enrich et al. 2024, arXiv 2409.08861"
     Config = AdjointMatchingConfig
     needs_gradient = True
+    noise: ClassVar[Mapping[str, float]] = {"ddim": 1.0, "flow_sde": math.sqrt(2)}
     metrics = {
         **TransitionAlgorithm.metrics,
         "kl": "KL of the steps to the base model, mean over dimensions.",
@@ -68,11 +70,12 @@ class AdjointMatching(TransitionAlgorithm):
     def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
         """Refuse noise that is not memoryless."""
         super().check(sampler, reward, plan)
-        wanted = {"ddim": 1.0, "flow_sde": math.sqrt(2)}.get(sampler.dynamics)
+        wanted = self.noise.get(sampler.dynamics)
         if wanted is None or not math.isclose(sampler.eta, wanted, rel_tol=1e-3) or sampler.window is not None:
             raise UserError(
                 f"algorithm {self.name!r} needs memoryless noise at every step, got dynamics={sampler.dynamics}, "
-                f"eta={sampler.eta:g}; set sampler.dynamics: ddim with eta: 1, or flow_sde with eta: 1.4142136"
+                f"eta={sampler.eta:g}, window={sampler.window}; leave sampler.dynamics, eta and window out, or set "
+                "ddim with eta: 1 (noise prediction) or flow_sde with eta: 1.4142136 (flow), and window: null"
             )
 
     def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:

@@ -157,6 +157,8 @@ class Algorithm(ABC):
         Config: its settings.
         metrics: name to meaning of what :meth:`accumulate` returns.
         behaviour: the adapter that draws the rollouts; ``default`` is the one that is trained.
+        noise: dynamics to the one noise level that will do, for methods that need a certain one; it is taken where
+            ``sampler.eta`` is left open.
     """
 
     name: ClassVar[str] = "unnamed"
@@ -168,6 +170,7 @@ class Algorithm(ABC):
     Config: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     metrics: ClassVar[Mapping[str, str]] = {}
     behaviour: ClassVar[str] = "default"
+    noise: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, config: AlgorithmConfig) -> None:
         self.config: Any = config

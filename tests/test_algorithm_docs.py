@@ -25,7 +25,6 @@ BUILT_IN = [name for name in ALGORITHMS if ALGORITHMS.origin(name).startswith("d
 
 #: Where an algorithm has no recipe, this one with other settings runs it on the embedded model.
 BASE = "ddpo-compressibility-tiny-sd"
-OVERRIDES = {"adjoint_matching": ["sampler.dynamics=ddim"]}
 
 EVIDENCE = {
     "transitions": "transitions: the log-probs of the sampler's noisy steps, replayed",
@@ -109,7 +108,7 @@ def recipes_of(name: str) -> list[str]:
 def overrides_of(name: str) -> list[str]:
     """Return the settings that make the base recipe one of this algorithm."""
     reward = ["reward=jpeg_proxy"] if ALGORITHMS.get(name).needs_gradient else []
-    return [f"algorithm={{name: {name}}}", *reward, *OVERRIDES.get(name, [])]
+    return [f"algorithm={{name: {name}}}", *reward]
 
 
 def commands_of(name: str) -> str:

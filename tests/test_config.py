@@ -213,6 +213,28 @@ def test_what_cannot_go_together_is_refused_before_a_model_is_loaded(changes: di
     assert len(lines) == 1 and message in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ({}, None),
+        ({"dynamics": "ddim"}, None),
+        ({"dynamics": "flow_sde"}, None),
+        ({"eta": 1}, None),
+        ({"eta": 0.7}, "got dynamics=auto, eta=0.7, window=None; leave sampler.dynamics, eta and window out, or set "),
+        ({"dynamics": "flow_sde", "eta": 0.7}, "or flow_sde with eta: 1.4142136 (flow)"),
+        ({"dynamics": "dance_sde"}, "got dynamics=dance_sde, eta=0.3"),
+        ({"window": [0, 1]}, "window: null"),
+    ],
+)
+def test_memoryless_noise_is_taken_where_it_is_left_open(sampler: dict[str, Any], message: str | None) -> None:
+    changes = {"algorithm": "adjoint_matching", "reward": "jpeg_proxy", "sampler": sampler}
+    if message is None:
+        cf.validate({**MINIMAL, **changes})
+    else:
+        (line,) = refused({**MINIMAL, **changes})
+        assert message in line
+
+
 def test_resolved_values_reload_to_an_equal_configuration() -> None:
     prompts = ["no", "1e-4", "/a/b", ""]
     config = cf.validate({**MINIMAL, "algorithm": {"name": "ddpo", "lr": "1e-3"}, "prompts": prompts})
@@ -360,6 +382,9 @@ def test_a_flow_models_noise_level_goes_by_its_dynamics(
 ) -> None:
     monkeypatch.setattr("difftune.config.objects.load_pipeline", lambda *args, **kwargs: tiny.sd3_pipeline())
     assert cf.build(small(model, sampler={"steps": 3, "dynamics": dynamics})).sampler.eta == eta
+    if dynamics == "auto":
+        memoryless = small(model, sampler={"steps": 3}, algorithm="adjoint_matching", reward="jpeg_proxy")
+        assert cf.build(memoryless).sampler.eta == 2**0.5
 
 
 def test_the_trainer_of_a_run_gets_its_parts(model: Path, tmp_path: Path) -> None:

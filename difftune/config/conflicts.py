@@ -10,8 +10,9 @@ from typing import Any
 from difftune.algorithm import Plan, build_algorithm
 from difftune.config.named import is_composed
 from difftune.config.schema import RunConfig
-from difftune.config.sections import ETA
+from difftune.config.sections import noise_level
 from difftune.reward import REWARDS
+from difftune.transition import DYNAMICS
 from difftune.types import UserError
 from difftune.window import Window, resolve_window
 
@@ -56,16 +57,26 @@ def conflicts_of(config: RunConfig) -> list[str]:
         )
     if config.mixed_precision == "fp16":
         problems.append("mixed_precision: fp16 loses small gradients, and there is no loss scaling; use bf16")
-    eta = ETA.get(sampler.dynamics, 1.0) if sampler.eta is None else sampler.eta
     plan = Plan(train.prompts_per_epoch, train.samples_per_prompt, train.updates_per_epoch)
-    try:
-        sketch: Any = _SamplerSketch(sampler.dynamics, eta, window, sampler.steps)
-        build_algorithm(config.algorithm).check(sketch, _sketched(config.reward), plan)
-    except UserError as error:
-        problems.append(str(error))
-    except AttributeError:
-        # This algorithm's check wants the real objects: the trainer asks it again.
-        pass
+    algorithm, reward = build_algorithm(config.algorithm), _sketched(config.reward)
+
+    def refusal(dynamics: str) -> str:
+        eta = noise_level(sampler.eta, dynamics, algorithm.noise)
+        sketch: Any = _SamplerSketch(dynamics, eta, window, sampler.steps)
+        try:
+            algorithm.check(sketch, reward, plan)
+        except UserError as error:
+            return str(error)
+        except AttributeError:
+            # This algorithm's check wants the real objects: the trainer asks it again.
+            pass
+        return ""
+
+    # What auto stands for is known with the model: it is refused if nothing that it can be will do.
+    meant = [allowed[0] for allowed in DYNAMICS.values()] if sampler.dynamics == "auto" else [sampler.dynamics]
+    refusals = [refusal(dynamics) for dynamics in meant]
+    if all(refusals):
+        problems.append(refusal(sampler.dynamics) or refusals[0])
     return problems
 
 

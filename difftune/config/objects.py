@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from difftune.algorithm import Algorithm, build_algorithm
 from difftune.config.messages import shown
 from difftune.config.resolved import published
 from difftune.config.schema import RunConfig
-from difftune.config.sections import ETA, load_split
+from difftune.config.sections import load_split, noise_level
 from difftune.policy import ModelConfig, Policy, load_pipeline
 from difftune.prompts import Prompt
 from difftune.puppet import grid_of, resolve_dynamics
@@ -98,11 +98,12 @@ def build(config: RunConfig) -> Run:
     # What the adapter begins with must not depend on what was loaded before it.
     torch.manual_seed(config.train.seed)
     policy = Policy(pipe, config.lora, gradient_checkpointing=config.gradient_checkpointing)
+    algorithm = build_algorithm(config.algorithm)
     return Run(
         config=config,
         policy=policy,
-        sampler=_build_sampler(policy, config),
-        algorithm=build_algorithm(config.algorithm),
+        sampler=_build_sampler(policy, config, algorithm.noise),
+        algorithm=algorithm,
         reward=reward,
         prompts=prompts,
         held_out=held_out,
@@ -183,14 +184,14 @@ def load_reward(spec: Any) -> Reward:
         raise UserError(f"reward: {shown(spec)} could not be loaded ({reason}); check model and network") from error
 
 
-def _build_sampler(policy: Policy, config: RunConfig) -> Sampler:
+def _build_sampler(policy: Policy, config: RunConfig, needed: Mapping[str, float]) -> Sampler:
     sampler = config.sampler
     dynamics = resolve_dynamics(sampler.dynamics, grid_of(policy.pipe.scheduler))
     return Sampler(
         policy,
         steps=sampler.steps,
         guidance_scale=sampler.guidance_scale,
-        eta=ETA[dynamics] if sampler.eta is None else sampler.eta,
+        eta=noise_level(sampler.eta, dynamics, needed),
         dynamics=dynamics,
         window=sampler.window,
         initial_noise=sampler.initial_noise,

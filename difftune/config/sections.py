@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +13,11 @@ from difftune.window import Window
 ETA = {"ddim": 1.0, "flow_sde": 0.7, "dance_sde": 0.3, "cps": 0.9, "lcm": 1.0, "ode": 0.0}
 """Noise level of each dynamics where the configuration leaves ``sampler.eta`` open: DDPM, Flow-GRPO's a,
 DanceGRPO's eta, Flow-CPS's eta; ``lcm`` and ``ode`` have no choice."""
+
+
+def noise_level(eta: float | None, dynamics: str, needed: Mapping[str, float]) -> float:
+    """Return ``eta``, or where it is open the level that the algorithm needs, or else the dynamics' own."""
+    return {**ETA, **needed}.get(dynamics, 1.0) if eta is None else eta
 
 
 class SamplerConfig(BaseModel):
@@ -26,7 +32,8 @@ class SamplerConfig(BaseModel):
     eta: float | None = Field(
         None,
         ge=0,
-        description="Noise level of the dynamics; null: ddim 1 (DDPM), flow_sde 0.7, dance_sde 0.3, cps 0.9.",
+        description="Noise level of the dynamics; null: ddim 1 (DDPM), flow_sde 0.7, dance_sde 0.3, cps 0.9, or what "
+        "the algorithm needs.",
     )
     dynamics: Literal["auto", "ddim", "flow_sde", "dance_sde", "cps", "lcm", "ode"] = Field(
         "auto", description="The steps' Gaussians; auto goes by the scheduler: ddim, flow_sde or lcm."
