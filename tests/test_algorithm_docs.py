@@ -23,7 +23,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "algorithms"
 START, END = "<!-- algorithm: begin -->", "<!-- algorithm: end -->"
 BUILT_IN = [name for name in ALGORITHMS if ALGORITHMS.origin(name).startswith("difftune.algorithms.")]
 
-#: Where an algorithm has no recipe, this one with other settings runs it on the embedded model.
+#: Where an algorithm has no recipe for an embedded model, this one with other settings runs it on the embedded model.
 BASE = "ddpo-compressibility-tiny-sd"
 
 EVIDENCE = {
@@ -105,6 +105,11 @@ def recipes_of(name: str) -> list[str]:
     return found
 
 
+def on_embedded_model(recipe: str) -> bool:
+    """Whether the recipe trains a model that ships with the package."""
+    return load_config(recipe).model.id.startswith("difftune/")
+
+
 def overrides_of(name: str) -> list[str]:
     """Return the settings that make the base recipe one of this algorithm."""
     reward = ["reward=jpeg_proxy"] if ALGORITHMS.get(name).needs_gradient else []
@@ -113,10 +118,15 @@ def overrides_of(name: str) -> list[str]:
 
 def commands_of(name: str) -> str:
     own = recipes_of(name)
-    if own:
-        return "\n".join(f"    difftune train {recipe}" for recipe in own)
+    embedded = [recipe for recipe in own if on_embedded_model(recipe)]
+    real = [recipe for recipe in own if recipe not in embedded]
     quoted = " ".join(f"'{item}'" if " " in item else item for item in overrides_of(name))
-    return f"It has no recipe yet. On the embedded model, unmeasured:\n\n    difftune train {BASE} {quoted}"
+    blocks = ["On the embedded models:" if embedded else "On the embedded model, unmeasured:"]
+    blocks.append("\n".join(f"    difftune train {recipe}" for recipe in embedded or [f"{BASE} {quoted}"]))
+    if real:
+        blocks.append("On real models, each value with its source; we have not run these at their size:")
+        blocks.append("\n".join(f"    difftune train {recipe}" for recipe in real))
+    return "\n\n".join(blocks)
 
 
 def generated(name: str) -> str:
@@ -183,7 +193,7 @@ def test_the_index_is_up_to_date() -> None:
 def test_the_commands_are_configurations(name: str) -> None:
     for recipe in recipes_of(name):
         assert load_config(recipe).algorithm["name"] == name
-    if not recipes_of(name):
+    if not any(map(on_embedded_model, recipes_of(name))):
         assert load_config(BASE, overrides_of(name)).algorithm["name"] == name
 
 
