@@ -2,8 +2,8 @@
 
 A cell is one recipe with one seed. It is trained, its file is loaded by the stock pipeline, and the same prompts that
 were never trained on are drawn with it and without it, from the same fresh noise. What came out is kept as a JSON file
-per cell beside the page; a cell whose recipe has not changed since is not run again, and one that was interrupted goes
-on from its last checkpoint.
+per cell beside the page, and the curves of each algorithm as a picture; a cell whose recipe has not changed since is
+not run again, and one that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from difftune.checkpoint import write_atomically
-from difftune.config import load_config, recipes, resolve
+from difftune.config import load_config, parse_yaml, recipe_text, recipes, resolve
 
 MODELS = ("tiny-sd", "tiny-flow")
 
@@ -56,6 +56,36 @@ def settings_of(name: str, seed: int, threads: int) -> dict[str, Any]:
     """Return all settings of a cell, without those that name a place."""
     config = load_config(name, [f"train.seed={seed}", f"threads={threads}"])
     return {key: value for key, value in resolve(config).items() if key not in ("out", "device")}
+
+
+def unchanged(recorded: dict[str, Any], current: dict[str, Any], written: dict[str, Any]) -> bool:
+    """Return whether a record's settings are still those of its recipe.
+
+    A setting that did not exist when the record was made counts as unchanged unless the recipe names it.
+
+    Args:
+        recorded: the settings in the record.
+        current: what `settings_of` returns now.
+        written: the recipe as it is written.
+    """
+    for key, value in current.items():
+        if key not in recorded:
+            if key in written:
+                return False
+        elif isinstance(value, dict) and isinstance(recorded[key], dict):
+            deeper = written.get(key)
+            if not unchanged(recorded[key], value, deeper if isinstance(deeper, dict) else {}):
+                return False
+        elif recorded[key] != value:
+            return False
+    return True
+
+
+def up_to_date(record: dict[str, Any], threads: int) -> bool:
+    """Return whether a record is of its recipe as it stands."""
+    name = record["recipe"]
+    current = settings_of(name, record["seed"], threads)
+    return unchanged(record["settings"], current, parse_yaml(recipe_text(name), name))
 
 
 def run_cell(name: str, seed: int, threads: int, runs: Path) -> dict[str, Any]:
@@ -114,7 +144,56 @@ def page(records: Sequence[dict[str, Any]], threads: int) -> str:
             lines.append(
                 f"| {recipe} | {len(of_seeds)} | {base:.3f} | {tuned:.3f} | {gains} | {calls:,.0f} | {seconds:.0f} |"
             )
-    return "\n".join(lines) + "\n"
+    lines.append("\n## Curves\n\nTraining rewards, whose prompts differ from epoch to epoch, against denoiser calls.\n")
+    lines += [f"![Training reward of {name}](results/{name}.svg)\n" for name in _by_algorithm(records)]
+    return "\n".join(lines)
+
+
+def _by_algorithm(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda one: one["settings"]["algorithm"]["name"]):
+        found.setdefault(record["settings"]["algorithm"]["name"], []).append(record)
+    return found
+
+
+def curves(records: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw the training reward of each epoch against the denoiser calls so far: a panel a recipe, a line a seed.
+
+    Args:
+        records: of one algorithm.
+        file: SVG to write; the same records give the same bytes.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda one: (one["recipe"], one["seed"])):
+        panels.setdefault(record["recipe"], []).append(record)
+    figure = Figure(figsize=(4.2 * len(panels), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, of_seeds) in zip(axes, panels.items(), strict=True):
+        for record in of_seeds:
+            rewards = record["rewards"]
+            calls = [record["denoiser_rows"] * (epoch + 1) / len(rewards) / 1000 for epoch in range(len(rewards))]
+            axis.plot(calls, rewards, label=f"seed {record['seed']}")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("thousands of denoiser calls", fontsize=8)
+        axis.set_ylabel("training reward", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(of_seeds) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    # Letters stay text, and neither ids nor a date change from one drawing to the next.
+    with matplotlib.rc_context({"svg.hashsalt": file.stem, "svg.fonttype": "none"}):
+        figure.savefig(file, metadata={"Date": None, "Creator": None}, facecolor="white")
+
+
+def write_page(docs: Path, threads: int) -> None:
+    """Write ``results.md`` and the curves of every algorithm from the records beside them."""
+    records = read_records(docs / "results")
+    write_atomically(docs / "results.md", page(records, threads))
+    for algorithm, of_one in _by_algorithm(records).items():
+        curves(of_one, docs / "results" / f"{algorithm}.svg")
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -135,7 +214,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, seed in cells(options.only):
         file = folder / f"{name}-{seed}.json"
-        if file.exists() and json.loads(file.read_text())["settings"] == settings_of(name, seed, options.threads):
+        if file.exists() and up_to_date(json.loads(file.read_text()), options.threads):
             continue
         print(f"{name}, seed {seed}", flush=True)
         if options.list:
@@ -144,9 +223,9 @@ def main() -> None:
         record = run_cell(name, seed, options.threads, options.runs)
         write_atomically(file, json.dumps(record, indent=1) + "\n")
         print(f"{name}, seed {seed}: {gain(record):+.1f} standard errors, {time.perf_counter() - started:.0f} s")
-        write_atomically(options.docs / "results.md", page(read_records(folder), options.threads))
+        write_page(options.docs, options.threads)
     if not options.list:
-        write_atomically(options.docs / "results.md", page(read_records(folder), options.threads))
+        write_page(options.docs, options.threads)
 
 
 if __name__ == "__main__":
