@@ -187,6 +187,28 @@ class Recorder(Driver):
         )
 
 
+class Retracer(Recorder):
+    """Records steps that could have led to clean samples ``(B, *latent)``: every prediction is the truth.
+
+    The denoiser is not run. With DDPM's noise these are the exact posterior steps q(x_{t-1} | x_t, x_0).
+    """
+
+    def __init__(self, take_step: TakeStep, x0: Tensor, steps: int) -> None:
+        super().__init__(take_step, steps)
+        self._x0 = working(x0)
+
+    def action(self, index: int) -> Action:
+        """Skip the denoiser."""
+        return "skip"
+
+    def step(self, prediction: Prediction) -> Tensor:
+        """Draw the step as if the model had predicted the clean sample exactly."""
+        x0 = self._x0.to(prediction.sample.device)
+        noise = (working(prediction.sample) - prediction.now.alpha * x0) / prediction.now.sigma
+        # A flow model's output is its velocity; elsewhere the step is taken from x0 and the noise.
+        return super().step(dataclasses.replace(prediction, x0=x0, noise=noise, output=noise - x0))
+
+
 class BlendTracer(Driver):
     """Finds which dimensions of each step's x' the pipeline goes on with, and which it overwrites (inpainting).
 

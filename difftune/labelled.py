@@ -9,7 +9,6 @@ et al. 2023, section 4) replaces the reverse process.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from difftune.algorithm import Algorithm
-from difftune.denoiser import Action
-from difftune.drivers import Recorder
 from difftune.preferences import StoredPicture
-from difftune.puppet import Prediction
 from difftune.sampler import Sampler
 from difftune.transition import working
 from difftune.types import RewardOutput, SampleKey, Trajectory, UserError
@@ -108,9 +104,7 @@ class LabelledPictures:
     ) -> Trajectory:
         if not self._steps:
             return finished(latents, prompts, keys)
-        driver = _Retracer(self._sampler, latents, keys, model.num_steps)
-        self._sampler._drive(driver, prompts, keys, {})
-        return driver.trajectory(prompts, keys, {})
+        return self._sampler.retrace(latents, prompts, keys, model.num_steps)
 
 
 def finished(latents: Tensor, prompts: tuple[str, ...], keys: tuple[SampleKey, ...]) -> Trajectory:
@@ -123,23 +117,6 @@ def finished(latents: Tensor, prompts: tuple[str, ...], keys: tuple[SampleKey, .
         prompts=prompts,
         keys=keys,
     )
-
-
-class _Retracer(Recorder):
-    """Records steps whose prediction is the truth; the denoiser is not run."""
-
-    def __init__(self, sampler: Sampler, x0: Tensor, keys: tuple[SampleKey, ...], steps: int) -> None:
-        super().__init__(sampler._take_step(keys), steps)
-        self._x0 = working(x0)
-
-    def action(self, index: int) -> Action:
-        return "skip"
-
-    def step(self, prediction: Prediction) -> Tensor:
-        x0 = self._x0.to(prediction.sample.device)
-        noise = (working(prediction.sample) - prediction.now.alpha * x0) / prediction.now.sigma
-        # A flow model's output is its velocity; elsewhere the step is taken from x0 and the noise.
-        return super().step(dataclasses.replace(prediction, x0=x0, noise=noise, output=noise - x0))
 
 
 def read_picture(picture: Path | StoredPicture, size: tuple[int, int], where: str) -> Tensor:

@@ -37,6 +37,7 @@ from difftune.drivers import (
     PullBack,
     Recorder,
     Replayer,
+    Retracer,
     StepView,
 )
 from difftune.noise import KeyedDraws, KeyedGenerator, keyed_generator, keyed_noise
@@ -225,6 +226,21 @@ class Sampler:
             _require_finite(images, "image", prompts)
             trajectory = dataclasses.replace(trajectory, images=images)
         return trajectory.on_host() if self.store == "host" else trajectory
+
+    def retrace(self, latents: Tensor, prompts: Sequence[str], keys: Sequence[SampleKey], steps: int) -> Trajectory:
+        """Return steps that could have drawn given samples: the sampler's own, with the truth for a prediction.
+
+        Costs no denoiser call; the sampler must have drawn something before.
+
+        Args:
+            latents: ``(B, *latent)`` clean samples, in the form the scheduler steps.
+            prompts, keys: theirs, of one pipeline call.
+            steps: steps of a rollout's trajectory.
+        """
+        prompts, keys = tuple(prompts), tuple(keys)
+        driver = Retracer(self._take_step(keys), latents, steps)
+        self._drive(driver, prompts, keys, {})
+        return driver.trajectory(prompts, keys, {})
 
     def check_conditions(self, conditions: Mapping[str, Sequence[Any]]) -> None:
         """Refuse conditions that the pipeline's call would not take, before anything is drawn.
