@@ -103,6 +103,16 @@ class Monitor:
         """The monitored rewards by label."""
         return self._watched
 
+    def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Let rewards that score elsewhere begin on samples that will be measured among others."""
+        for one in self._watched.values():
+            one.begin(images, prompts, metadata)
+
+    def drop(self) -> None:
+        """Give up what was begun and not measured."""
+        for one in self._watched.values():
+            one.drop()
+
     @torch.no_grad()
     def measure(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None

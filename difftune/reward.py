@@ -99,6 +99,17 @@ class Reward(ABC):
         if state:
             raise UserError(f"reward {self.name!r}: got a state with {', '.join(state)}, expected none")
 
+    def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Begin on samples that a later call will score among others, if the work is done elsewhere; most do nothing.
+
+        That call's scores are the same as without. :meth:`drop` ends what no call has asked for.
+        """
+        return
+
+    def drop(self) -> None:
+        """Give up what was begun; nothing waits for it any more."""
+        return
+
     def check_metadata(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Check that every sample has the metadata the scorer :attr:`needs`; a run may ask before it starts.
 
@@ -385,6 +396,16 @@ class ComposedReward(Reward):
                 raise UserError(f"reward {self.name!r}: got a state of {label!r}, expected {', '.join(known)}")
         for label, term in known.items():
             term.load_state_dict(state.get(label, {}))
+
+    def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Let all terms begin."""
+        for _, _, term in self.terms:
+            term.begin(images, prompts, metadata)
+
+    def drop(self) -> None:
+        """Let all terms give up what they began."""
+        for _, _, term in self.terms:
+            term.drop()
 
     def score_terms(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]

@@ -233,7 +233,10 @@ class Trainer:
                     raise MonitorAlarm(self.monitor.alarm)
                 with self.processes.signals():
                     self._boundary = self.state_dict()
-                    metrics = self._run_epoch(self.epoch + 1)
+                    try:
+                        metrics = self._run_epoch(self.epoch + 1)
+                    finally:
+                        self._drop_scoring()
                     self._boundary = None
                 yield from self._hand_out(metrics)
         except KeyboardInterrupt:
@@ -355,9 +358,7 @@ class Trainer:
             if self._labelled is not None:
                 with self._phase("rollout"):
                     return self._labelled.trajectory(mine, samples.texts, samples.keys, samples.metadata)
-            trajectory = self._rollout(
-                [samples.texts[i] for i in mine], [samples.keys[i] for i in mine], samples.conditions_at(mine)
-            )
+            trajectory = self._rollout(samples, mine)
             if self.processes.sharded:
                 # The weights come together only if all call: a shorter share ends with calls that nobody looks at.
                 calls = [math.ceil(len(share) / self.sampler.batch_size) for share in samples.shares]
@@ -366,18 +367,33 @@ class Trainer:
                     self.sampler.rollout(texts, keys=keys, conditions=conditions, decode=False)
             return trajectory
 
-    def _rollout(
-        self, texts: Sequence[str], keys: Sequence[SampleKey], conditions: Mapping[str, Sequence[Any]]
-    ) -> Trajectory:
+    def _rollout(self, samples: _Samples, mine: Sequence[int]) -> Trajectory:
         parts = []
         size = self.sampler.batch_size
+        for start in range(0, len(mine), size):
+            rows = mine[start : start + size]
+            texts, keys = [samples.texts[i] for i in rows], [samples.keys[i] for i in rows]
+            with self._phase("rollout"):
+                parts.append(self.sampler.rollout(texts, keys=keys, conditions=samples.conditions_at(rows)))
+                self._tell("rollout", start + len(rows), len(mine))
+            with self._phase("score"):
+                self._begin_scoring(parts[-1], [samples.metadata[i] for i in rows])
         with self._phase("rollout"):
-            for start in range(0, len(texts), size):
-                rows = slice(start, start + size)
-                given = {name: values[rows] for name, values in conditions.items()}
-                parts.append(self.sampler.rollout(texts[rows], keys=keys[rows], conditions=given))
-                self._tell("rollout", min(start + size, len(texts)), len(texts))
-        return Trajectory.cat(parts)
+            return Trajectory.cat(parts)
+
+    def _begin_scoring(self, part: Trajectory, metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Let scorers that work elsewhere begin, while the next samples are drawn here."""
+        assert part.images is not None
+        # A scorer that compares samples is called by the first process alone, with all of them.
+        if not (self.reward.groupwise and self.processes.count > 1):
+            self.reward.begin(part.images, part.prompts, metadata)
+        if self.monitor is not None:
+            self.monitor.begin(part.images, part.prompts, metadata)
+
+    def _drop_scoring(self) -> None:
+        self.reward.drop()
+        if self.monitor is not None:
+            self.monitor.drop()
 
     def _score(self, trajectory: Trajectory | None, samples: _Samples) -> RewardOutput:
         """Score the epoch's samples, and return everyone's scores, in the plan's order, on the CPU.

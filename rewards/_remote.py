@@ -3,11 +3,15 @@
 Everything that travels is JSON; pictures are PNG files in base64, so that a scorer elsewhere sees the same 8 bits that
 a file would have. A reply counts only if it is whole: the right request's, the right length, finite numbers. What fails
 is asked again until it succeeds or the deadline has passed; then the call raises, and no score is made up.
+
+Requests can be *begun* before their scores are wanted, so that the server works while the next samples are drawn. What
+has been begun changes when a score is there, never what it is: an answer that failed is asked for again by the call.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -16,15 +20,17 @@ import os
 import threading
 import time
 import urllib.parse
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from PIL import Image
 from torch import Tensor
 
+from difftune.reward import Reward
 from difftune.rewards._preprocess import to_uint8
 from difftune.types import UserError
 
@@ -86,44 +92,65 @@ class Remote:
                     f"reward {self.name!r} needs {module}: install the extra, pip install 'difftune[remote]'"
                 ) from None
 
-    def post_all(self, payloads: Sequence[Any], read: Callable[[int, Any], T]) -> list[T]:
+    def post_all(self, payloads: Sequence[Any], read: Callable[[int, Any], T], end: float | None = None) -> list[T]:
         """Post every payload and return what ``read(index, reply)`` makes of the replies, in order.
 
-        ``read`` raises :class:`BadReply` for a reply that is to be asked for again.
+        ``read`` raises :class:`BadReply` for a reply that is to be asked for again. ``end`` is when to give up, on the
+        monotonic clock; a deadline from now by default.
 
         Raises:
             RemoteError: a request did not succeed within the deadline.
             UserError: the server refuses the request as such (status 4xx).
         """
-        import httpx
-
-        end = time.monotonic() + self.deadline
-        headers = {"Authorization": f"Bearer {os.environ[self.key_env]}"} if self.key_env else {}
-        host = urllib.parse.urlsplit(self.url).hostname
-        # A proxy is of no use on this machine, and redirects would carry the key to another host.
-        client = httpx.Client(
-            headers=headers,
-            follow_redirects=False,
-            trust_env=host not in ("127.0.0.1", "::1", "localhost"),
-            limits=httpx.Limits(max_connections=self.concurrency),
-        )
-        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix=f"reward-{self.name}")
-        over = threading.Event()
+        if not payloads:
+            return []
+        channel = Channel(self)
         try:
             jobs = [
-                pool.submit(self._until_answered, client, payload, end, over, lambda reply, i=index: read(i, reply))
+                channel.post(payload, lambda reply, i=index: read(i, reply), end)  # type: ignore[misc]
                 for index, payload in enumerate(payloads)
             ]
             return [job.result() for job in jobs]
         finally:
             # An interrupt, or the first request that fails for good, must not wait for the others.
-            over.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            client.close()
+            channel.close()
 
-    def _until_answered(
-        self, client: Any, payload: Any, end: float, over: threading.Event, read: Callable[[Any], T]
-    ) -> T:
+
+class Channel:
+    """The requests to one scorer that are under way at a time.
+
+    Args:
+        remote: where they go.
+    """
+
+    def __init__(self, remote: Remote) -> None:
+        import httpx
+
+        self.remote = remote
+        headers = {"Authorization": f"Bearer {os.environ[remote.key_env]}"} if remote.key_env else {}
+        host = urllib.parse.urlsplit(remote.url).hostname
+        # A proxy is of no use on this machine, and redirects would carry the key to another host.
+        self._client = httpx.Client(
+            headers=headers,
+            follow_redirects=False,
+            trust_env=host not in ("127.0.0.1", "::1", "localhost"),
+            limits=httpx.Limits(max_connections=remote.concurrency),
+        )
+        self._pool = ThreadPoolExecutor(remote.concurrency, thread_name_prefix=f"reward-{remote.name}")
+        self._over = threading.Event()
+
+    def post(self, payload: Any, read: Callable[[Any], T], end: float | None = None) -> Future[T]:
+        """Post a payload as soon as there is room, until ``read(reply)`` returns or it is ``end``."""
+        end = time.monotonic() + self.remote.deadline if end is None else end
+        return self._pool.submit(self._until_answered, payload, read, end)
+
+    def close(self) -> None:
+        """Give up what is under way, without waiting for it."""
+        self._over.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def _until_answered(self, payload: Any, read: Callable[[Any], T], end: float) -> T:
         import httpx
         import tenacity
 
@@ -131,10 +158,10 @@ class Remote:
 
         def attempt() -> T:
             nonlocal last
-            if time.monotonic() >= end or over.is_set():
+            if time.monotonic() >= end or self._over.is_set():
                 raise BadReply(last)  # what went wrong before says more than that time is up
             try:
-                return read(self._post(client, payload, end))
+                return read(self._post(payload, end))
             except (httpx.HTTPError, httpx.StreamError, BadReply, ValueError) as error:
                 if isinstance(error, UserError):
                     raise
@@ -144,25 +171,27 @@ class Remote:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(BadReply),
             wait=tenacity.wait_random_exponential(multiplier=0.05, max=5),
-            stop=lambda state: over.is_set() or time.monotonic() + state.upcoming_sleep >= end,
-            sleep=tenacity.sleep_using_event(over),
+            stop=lambda state: self._over.is_set() or time.monotonic() + state.upcoming_sleep >= end,
+            sleep=tenacity.sleep_using_event(self._over),
             reraise=False,
         )
         try:
             return retrying(attempt)
         except tenacity.RetryError:
+            remote = self.remote
             raise RemoteError(
-                f"reward {self.name!r}: no usable scores from {self.url} within {self.deadline:g} s (last: {last}); "
-                "the run stops before the update, start the scorer and resume"
+                f"reward {remote.name!r}: no usable scores from {remote.url} within {remote.deadline:g} s (last: "
+                f"{last}); the run stops before the update, start the scorer and resume"
             ) from None
 
-    def _post(self, client: Any, payload: Any, end: float) -> Any:
-        left = max(0.01, min(self.timeout, end - time.monotonic()))
+    def _post(self, payload: Any, end: float) -> Any:
+        remote = self.remote
+        left = max(0.01, min(remote.timeout, end - time.monotonic()))
         started, body = time.monotonic(), bytearray()
-        with client.stream("POST", self.url, json=payload, timeout=left) as reply:
+        with self._client.stream("POST", remote.url, json=payload, timeout=left) as reply:
             if reply.status_code in _FINAL:
                 text = reply.read()[:200].decode("utf-8", "replace").replace("\n", " ")
-                raise UserError(f"reward {self.name!r}: {self.url} refuses with status {reply.status_code}: {text}")
+                raise UserError(f"reward {remote.name!r}: {remote.url} refuses with status {reply.status_code}: {text}")
             if reply.status_code != 200:
                 raise BadReply(f"status {reply.status_code}")
             # The client's own limit holds for each piece; a server that drips would never end.
@@ -173,30 +202,130 @@ class Remote:
         return json.loads(body)
 
 
-class Memory:
-    """Scores by content: the same picture, prompt and metadata are asked about once."""
+class Sample(NamedTuple):
+    """What is asked about.
 
-    def __init__(self) -> None:
-        self._known: OrderedDict[str, Any] = OrderedDict()
+    Attributes:
+        files: the pictures as PNG files.
+        prompt: the prompt.
+        metadata: what else is sent.
+    """
 
-    def missing(self, keys: Sequence[str]) -> list[int]:
-        """Return where the keys that are not known stand, each key once."""
-        first: dict[str, int] = {}
-        for index, key in enumerate(keys):
-            if key not in self._known:
-                first.setdefault(key, index)
-        return list(first.values())
+    files: tuple[bytes, ...]
+    prompt: str
+    metadata: Mapping[str, Any]
 
-    def add(self, key: str, value: Any) -> None:
-        """Remember a score."""
-        self._known[key] = value
+    def key(self) -> str:
+        """Return what identifies the sample by its content.
 
-    def take(self, keys: Sequence[str]) -> list[Any]:
-        """Return the scores of the keys, and forget the oldest beyond the limit."""
-        found = [self._known[key] for key in keys]
-        while len(self._known) > _MEMORY:
-            self._known.popitem(last=False)
-        return found
+        Raises:
+            TypeError: the metadata cannot be written as JSON.
+        """
+        words = json.dumps([self.prompt, dict(self.metadata)], sort_keys=True, ensure_ascii=True)
+        digests = b"".join(hashlib.sha256(file).digest() for file in self.files)
+        return hashlib.sha256(digests + words.encode()).hexdigest()
+
+
+class Questions(Generic[T]):
+    """Samples to be asked about, each content once: what is known, what is under way, and what is still to be asked.
+
+    Args:
+        server: where the questions go.
+        ask: some samples to the request that asks about them.
+        read: a request and its reply to the answers, one for each sample; raises :class:`BadReply`.
+        batch_size: samples per request.
+        remember: keep answers for later calls.
+    """
+
+    def __init__(
+        self,
+        server: Remote,
+        ask: Callable[[Sequence[Sample]], Any],
+        read: Callable[[Any, Any], list[T]],
+        batch_size: int = 1,
+        remember: bool = True,
+    ) -> None:
+        self.server, self.ask, self.read = server, ask, read
+        self.batch_size, self.remember = batch_size, remember
+        self._known: OrderedDict[str, T] = OrderedDict()
+        self._channel: Channel | None = None
+        self._begun: dict[str, tuple[Future[list[T]], int]] = {}
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """Ask about samples in the background; what comes of it is seen by :meth:`answers`."""
+        keyed = [(sample.key(), sample) for sample in samples]
+        wanted = {key: sample for key, sample in keyed if key not in self._known and key not in self._begun}
+        self._channel = self._channel or Channel(self.server)
+        for keys, payload in self._requests(wanted):
+            future = self._channel.post(payload, lambda reply, asked=payload: self.read(asked, reply))  # type: ignore[misc]
+            self._begun.update({key: (future, place) for place, key in enumerate(keys)})
+
+    def drop(self) -> None:
+        """Give up what was begun and has not been answered."""
+        self._begun.clear()
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = None
+
+    def answers(self, samples: Sequence[Sample]) -> list[T]:
+        """Return the samples' answers, in order.
+
+        Raises:
+            RemoteError: there was none within the deadline.
+            UserError: the server refuses.
+        """
+        end = time.monotonic() + self.server.deadline
+        keys = [sample.key() for sample in samples]
+        found = {key: self._known[key] for key in keys if key in self._known} if self.remember else {}
+        for key in keys:
+            future, place = self._begun.pop(key, (None, 0))
+            if future is not None and key not in found:
+                # What failed in the background is asked for again below, and fails there with its reason.
+                with contextlib.suppress(Exception):
+                    found[key] = future.result(max(0.0, end - time.monotonic()))[place]
+        if not self._begun:
+            self.drop()
+        requests = self._requests({key: s for key, s in zip(keys, samples, strict=True) if key not in found})
+        payloads = [payload for _, payload in requests]
+        replies = self.server.post_all(payloads, lambda index, reply: self.read(payloads[index], reply), end)
+        for (asked, _), answers in zip(requests, replies, strict=True):
+            found.update(zip(asked, answers, strict=True))
+        if self.remember:
+            self._known.update(found)
+            while len(self._known) > _MEMORY:
+                self._known.popitem(last=False)
+        return [found[key] for key in keys]
+
+    def _requests(self, wanted: Mapping[str, Sample]) -> list[tuple[list[str], Any]]:
+        """Return the keys of each request and its payload."""
+        keys, size = list(wanted), self.batch_size
+        batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+        return [(batch, self.ask([wanted[key] for key in batch])) for batch in batches]
+
+
+class Asking(Reward):
+    """A reward whose samples are asked about elsewhere, and can be begun while others are drawn.
+
+    Attributes:
+        questions: what asks, set by ``__init__``.
+    """
+
+    questions: Questions[Any]
+
+    @abstractmethod
+    def samples(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> list[Sample]:
+        """Return what is asked about pictures ``(B, 3, H, W)``."""
+
+    def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Send the requests and return."""
+        for frame in images.unbind(1) if images.ndim == 5 else (images,):
+            self.questions.begin(self.samples(frame, prompts, metadata))
+
+    def drop(self) -> None:
+        """Give up the requests that are under way."""
+        self.questions.drop()
 
 
 def png(picture: Tensor) -> bytes:
@@ -209,16 +338,6 @@ def png(picture: Tensor) -> bytes:
 def text_of(data: bytes) -> str:
     """Return bytes in base64."""
     return base64.b64encode(data).decode("ascii")
-
-
-def content_key(picture: bytes, prompt: str, metadata: Mapping[str, Any]) -> str:
-    """Return what identifies a sample by its content.
-
-    Raises:
-        TypeError: metadata cannot be written as JSON.
-    """
-    words = json.dumps([prompt, dict(metadata)], sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(hashlib.sha256(picture).digest() + words.encode()).hexdigest()
 
 
 def finite(value: Any, what: str) -> float:

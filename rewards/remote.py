@@ -7,6 +7,7 @@ answers; a reply with another id, another length, or a number that is not finite
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftune.reward import Reward, reward
-from difftune.rewards._remote import BadReply, Memory, Remote, content_key, finite, png, text_of
+from difftune.reward import reward
+from difftune.rewards._remote import Asking, BadReply, Questions, Remote, Sample, finite, png, text_of
 from difftune.types import RewardOutput, UserError
 
 
 @reward("remote")
-class RemoteReward(Reward):
+class RemoteReward(Asking):
     """The scores that a server gives, in batches, in parallel, retried within a deadline and remembered.
 
     Args:
@@ -50,38 +51,36 @@ class RemoteReward(Reward):
         if batch_size < 1:
             raise UserError(f"reward {self.name!r}: batch_size is {batch_size}, expected at least 1")
         self.server = Remote(self.name, url, timeout, deadline, concurrency, key_env)
-        self.batch_size, self.cache = batch_size, cache
-        self._memory = Memory()
+        self.questions = Questions(self.server, request_of, read_reply, batch_size, cache)
+
+    def samples(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> list[Sample]:
+        """Return the pictures with their prompts and metadata."""
+        try:
+            json.dumps([dict(extra) for extra in metadata])
+        except TypeError as error:
+            raise UserError(f"reward {self.name!r}: metadata cannot be sent as JSON ({error})") from None
+        return [Sample((png(i),), prompt, extra) for i, prompt, extra in zip(images, prompts, metadata, strict=True)]
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         """Return the server's scores and parts."""
-        files = [png(image) for image in images]
-        try:
-            keys = [content_key(*sample) for sample in zip(files, prompts, metadata, strict=True)]
-        except TypeError as error:
-            raise UserError(f"reward {self.name!r}: metadata cannot be sent as JSON ({error})") from None
-        memory = self._memory if self.cache else Memory()
-        wanted = memory.missing(keys)
-        batches = [wanted[start : start + self.batch_size] for start in range(0, len(wanted), self.batch_size)]
-        payloads = [
-            {
-                "id": uuid.uuid4().hex,
-                "prompts": [prompts[index] for index in batch],
-                "metadata": [dict(metadata[index]) for index in batch],
-                "images": [text_of(files[index]) for index in batch],
-            }
-            for batch in batches
-        ]
-        replies = self.server.post_all(payloads, lambda number, reply: read_reply(payloads[number], reply))
-        for batch, rows in zip(batches, replies, strict=True):
-            for index, row in zip(batch, rows, strict=True):
-                memory.add(keys[index], row)
-        rows = memory.take(keys)
+        rows = self.questions.answers(self.samples(images, prompts, metadata))
         names = sorted({name for row in rows for name in row} - {""})
         if any(set(row) != {"", *names} for row in rows):
             raise UserError(f"reward {self.name!r}: {self.server.url} gives some samples other parts than the rest")
         values = {name: torch.tensor([row[name] for row in rows], device=images.device) for name in ["", *names]}
         return RewardOutput(values.pop(""), values)
+
+
+def request_of(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the request that asks about samples, with an id of its own."""
+    return {
+        "id": uuid.uuid4().hex,
+        "prompts": [sample.prompt for sample in samples],
+        "metadata": [dict(sample.metadata) for sample in samples],
+        "images": [text_of(sample.files[0]) for sample in samples],
+    }
 
 
 def read_reply(payload: Mapping[str, Any], reply: Any) -> list[dict[str, float]]:

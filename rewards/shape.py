@@ -188,6 +188,12 @@ class Segmental(OneTerm):
             )
         self.segments, self.rate = segments, rate
 
+    def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Let the term begin on the chosen frames."""
+        if images.ndim == 5:
+            images = images[:, segment_weights(images.shape[1], self.segments, self.rate)[0]]
+        super().begin(images, prompts, metadata)
+
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         """Return ``(B,)`` weighted means over the chosen frames."""
         frames = images.unbind(1) if images.ndim == 5 else (images,)

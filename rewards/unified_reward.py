@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from difftune.advantage import groups_of
-from difftune.reward import Reward, reward
-from difftune.rewards._remote import BadReply, Remote, png, text_of
+from difftune.reward import reward
+from difftune.rewards._remote import Asking, BadReply, Questions, Remote, Sample, png, text_of
 from difftune.types import RewardOutput, UserError
 
 ASPECTS = ("Alignment", "Coherence", "Style")
@@ -42,7 +42,7 @@ QUESTIONS = {
 
 
 @reward("unified_reward")
-class UnifiedReward(Reward):
+class UnifiedReward(Asking):
     """What a UnifiedReward model on an OpenAI-compatible server writes: a score, three, or who wins; in [0, 1].
 
     Args:
@@ -81,39 +81,61 @@ class UnifiedReward(Reward):
         self.model_name, self.mode, self.max_tokens = model, mode, max_tokens
         self.question = question or QUESTIONS[mode]
         self.groupwise = mode == "pair"  # type: ignore[misc]
+        self.questions = Questions(self.server, self._payload, self._read)
+
+    def samples(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> list[Sample]:
+        """Return the pictures with their prompts, or each two of a prompt in both orders."""
+        files = [png(image) for image in images]
+        if self.mode == "pair":
+            return [Sample((files[i], files[j]), prompts[i], {}) for i, j in ordered_pairs(prompts)]
+        return [Sample((file,), prompt, {}) for file, prompt in zip(files, prompts, strict=True)]
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         """Return ``(B,)`` scores, with the aspects as parts."""
-        files = [text_of(png(image)) for image in images]
+        rows = self.questions.answers(self.samples(images, prompts, metadata))
         if self.mode == "pair":
-            return RewardOutput(self._compared(files, prompts).to(images.device))
-        payloads = [self._payload([file], prompt) for file, prompt in zip(files, prompts, strict=True)]
-        read = point_scores if self.mode == "point" else aspect_scores
-        rows = self.server.post_all(payloads, lambda index, reply: read(written(reply)))
+            return RewardOutput(share_won([row["first"] for row in rows], prompts).to(images.device))
         columns = {name: torch.tensor([row[name] for row in rows], device=images.device) for name in rows[0]}
         total = torch.stack(list(columns.values())).mean(0)
         return RewardOutput(total, columns if self.mode == "aspects" else {})
 
-    def _compared(self, files: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        # Both orders of every pair: these models favour a position.
-        pairs = [(i, j) for group in groups_of(prompts) for i in group for j in group if i != j]
-        payloads = [self._payload([files[i], files[j]], prompts[i]) for i, j in pairs]
-        wins, counts = torch.zeros(len(files)), torch.zeros(len(files))
-        verdicts = self.server.post_all(payloads, lambda index, reply: winner(written(reply)))
-        for (i, j), first in zip(pairs, verdicts, strict=True):
-            wins[i] += first
-            wins[j] += 1 - first
-            counts[i] += 1
-            counts[j] += 1
-        return torch.where(counts > 0, wins / counts.clamp_min(1), torch.full_like(wins, 0.5))
-
-    def _payload(self, files: Sequence[str], prompt: str) -> dict[str, Any]:
+    def _payload(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        ((files, prompt, _),) = samples
         content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{file}"}} for file in files
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text_of(file)}"}} for file in files
         ]
         content.append({"type": "text", "text": self.question.replace("{prompt}", prompt)})
         messages = [{"role": "user", "content": content}]
         return {"model": self.model_name, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
+
+    def _read(self, payload: Any, reply: Any) -> list[dict[str, float]]:
+        text = written(reply)
+        if self.mode == "pair":
+            return [{"first": winner(text)}]
+        return [point_scores(text) if self.mode == "point" else aspect_scores(text)]
+
+
+def ordered_pairs(prompts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return every two samples of a prompt in both orders: these models favour a position."""
+    return [(i, j) for group in groups_of(prompts) for i in group for j in group if i != j]
+
+
+def share_won(verdicts: Sequence[float], prompts: Sequence[str]) -> Tensor:
+    """Return the share of its comparisons that each sample won ``(B,)``, 1/2 for one that is alone.
+
+    Args:
+        verdicts: for each of :func:`ordered_pairs`, 1 if its first won, 0 if its second, 1/2 for neither.
+        prompts: the prompts of the B samples.
+    """
+    wins, counts = torch.zeros(len(prompts)), torch.zeros(len(prompts))
+    for (i, j), first in zip(ordered_pairs(prompts), verdicts, strict=True):
+        wins[i] += first
+        wins[j] += 1 - first
+        counts[i] += 1
+        counts[j] += 1
+    return torch.where(counts > 0, wins / counts.clamp_min(1), torch.full_like(wins, 0.5))
 
 
 def written(reply: Any) -> str:

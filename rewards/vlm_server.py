@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from difftune.reward import Reward, reward
-from difftune.rewards._remote import BadReply, Memory, Remote, content_key, png, text_of
+from difftune.reward import reward
+from difftune.rewards._remote import Asking, BadReply, Questions, Remote, Sample, png, text_of
 from difftune.types import UserError
 
 YES_NO = 'Does this image show "{prompt}"? Answer with yes or no.'
@@ -33,7 +33,7 @@ RATING = (
 
 
 @reward("vlm_server")
-class VlmServer(Reward):
+class VlmServer(Asking):
     """What a vision-language model behind an OpenAI-compatible server answers: P(yes), or a rating; in [0, 1].
 
     Args:
@@ -76,20 +76,21 @@ class VlmServer(Reward):
         self.model_name, self.mode, self.low, self.high = model, mode, low, high
         self.question = question or (YES_NO if mode == "yes_no" else RATING)
         self.max_tokens = max_tokens
-        self._memory = Memory()
+        self.questions = Questions(self.server, self._payload, self._read)
+
+    def samples(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> list[Sample]:
+        """Return the pictures with their prompts."""
+        return [Sample((png(image),), prompt, {}) for image, prompt in zip(images, prompts, strict=True)]
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Return ``(B,)`` probabilities or ratings."""
-        files = [png(image) for image in images]
-        keys = [content_key(file, prompt, {}) for file, prompt in zip(files, prompts, strict=True)]
-        wanted = self._memory.missing(keys)
-        payloads = [self._payload(files[index], prompts[index]) for index in wanted]
-        for index, value in zip(wanted, self.server.post_all(payloads, self._read), strict=True):
-            self._memory.add(keys[index], value)
-        return torch.tensor(self._memory.take(keys), device=images.device)
+        return torch.tensor(self.questions.answers(self.samples(images, prompts, metadata)), device=images.device)
 
-    def _payload(self, file: bytes, prompt: str) -> dict[str, Any]:
-        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text_of(file)}"}}
+    def _payload(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        ((files, prompt, _),) = samples
+        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text_of(files[0])}"}}
         # A prompt is data: replaced, not formatted.
         words = {"type": "text", "text": self.question.replace("{prompt}", prompt)}
         body = {
@@ -100,12 +101,13 @@ class VlmServer(Reward):
         }
         return {**body, "logprobs": True, "top_logprobs": 20} if self.mode == "yes_no" else body
 
-    def _read(self, index: int, reply: Any) -> float:
+    def _read(self, payload: Any, reply: Any) -> list[float]:
         try:
             choice = reply["choices"][0]
             if self.mode == "yes_no":
-                return yes_probability(choice["logprobs"]["content"][0]["top_logprobs"])
-            return (last_rating(choice["message"]["content"], self.low, self.high) - self.low) / (self.high - self.low)
+                return [yes_probability(choice["logprobs"]["content"][0]["top_logprobs"])]
+            rating = last_rating(choice["message"]["content"], self.low, self.high)
+            return [(rating - self.low) / (self.high - self.low)]
         except (KeyError, IndexError, TypeError) as error:
             raise BadReply(f"the reply has no answer ({type(error).__name__} {error})") from None
 
