@@ -16,6 +16,7 @@ def test_groups_keep_the_order_of_appearance() -> None:
 
 
 def test_group_advantages_sum_to_zero_and_have_unit_variance() -> None:
+    """C24."""
     advantage = normalize_groups(REWARDS, PROMPTS)
     for group in groups_of(PROMPTS)[:2]:
         assert float(advantage[group].sum()) == pytest.approx(0, abs=1e-6)
@@ -60,6 +61,7 @@ def test_integers_and_low_precision_are_cast_first() -> None:
 
 
 def test_statistics_use_the_batch_until_a_prompt_is_known() -> None:
+    """C25: before ``min_count`` rewards of a prompt its batch counts, from then on its own."""
     statistics = PromptStatistics(buffer_size=4, min_count=3)
     first = statistics.update(PROMPTS, REWARDS)
     batch = normalize_batch(REWARDS)
@@ -70,6 +72,7 @@ def test_statistics_use_the_batch_until_a_prompt_is_known() -> None:
 
 
 def test_statistics_drop_the_oldest() -> None:
+    """C25: beyond its size the buffer forgets what came first."""
     statistics = PromptStatistics(buffer_size=2, min_count=2)
     statistics.update(["a"] * 2, torch.tensor([100.0, 1.0]))
     got = statistics.update(["a"], torch.tensor([3.0]))

@@ -68,7 +68,7 @@ def test_rollout_records_every_step(kind: str) -> None:
 
 
 def test_without_noise_the_rollout_is_the_stock_pipelines(kind: str) -> None:
-    """eta = 0 through the puppet gives what the pipeline gives with its own scheduler."""
+    """C76: eta = 0 through the puppet gives what the pipeline gives with its own scheduler."""
     sampler = make(kind, dynamics="ode", eta=0.0)
     pipe = sampler.policy.pipe
     traj = sampler.rollout(PROMPTS)
@@ -318,6 +318,7 @@ def test_non_finite_latents_stop_and_name_the_sample() -> None:
 
 
 def test_ratio_is_exactly_one_at_every_stochastic_step(kind: str) -> None:
+    """C20, whatever the pipeline."""
     sampler = make(kind)
     traj = sampler.rollout(PROMPTS)
     seen: dict[int, float] = {}
@@ -410,6 +411,7 @@ def test_gradient_of_a_replay_is_the_derivative(kind: str) -> None:
 
 
 def test_deterministic_steps_cannot_be_replayed(kind: str) -> None:
+    """C76: what has no density has no log-prob."""
     sampler = make(kind, window=[1])
     traj = sampler.rollout(PROMPTS)
     with pytest.raises(ValueError, match="step 0 carries no noise"):

@@ -35,6 +35,7 @@ def exact_x0(x: Tensor, level: Level, mean: float, variance: float) -> Tensor:
 
 
 def test_ddpm_chain_has_the_exact_mean_and_variance() -> None:
+    """C01, the steps alone; in test_closed_forms.py the whole sampler."""
     levels, mu, var = gaussian_chain()
     mean, variance = 0.0, 1.0
     for now, nxt in zip(levels[:-1], levels[1:], strict=True):
@@ -52,6 +53,7 @@ def test_ddpm_chain_has_the_exact_mean_and_variance() -> None:
 
 @pytest.mark.parametrize(("steps", "expected"), [(10, 1.218207), (100, 1.336066), (1000, 1.348599)])
 def test_flow_euler_converges_as_known(steps: int, expected: float) -> None:
+    """C02, the steps alone; in test_closed_forms.py the whole sampler."""
     mu, s0 = 0.3, 0.7
     x = torch.tensor([[1.5]], dtype=DOUBLE)
     for k in range(steps):
@@ -80,6 +82,7 @@ def test_predictions_convert_back_to_the_sample(kind: tr.PredictionType) -> None
 
 
 def test_log_prob_sum_mean_and_gradient() -> None:
+    """C06: the density's logarithm, its d-th part, and their slope (x' - mu) / S^2."""
     mean = torch.randn(3, 4, 2, dtype=DOUBLE, requires_grad=True)
     x, std = torch.randn(3, 4, 2, dtype=DOUBLE), 0.7
     step = Gaussian(mean, std)
@@ -108,6 +111,7 @@ def test_kl_matches_torch() -> None:
 
 
 def test_kl_of_flow_sde_steps_has_its_closed_form() -> None:
+    """C75, in the unit of the sum: |dt| / 2 (g (1 - t) / (2 t) + 1 / g)^2 |v - v'|^2."""
     x, v, other = (torch.randn(2, 6, dtype=DOUBLE) for _ in range(3))
     t, s, eta = 0.6, 0.5, 0.7
     g = eta * math.sqrt(t / (1 - t))
@@ -117,6 +121,7 @@ def test_kl_of_flow_sde_steps_has_its_closed_form() -> None:
 
 
 def test_dance_with_flow_grpos_noise_is_flow_grpos_step() -> None:
+    """C74."""
     x, v = torch.randn(2, 6, dtype=DOUBLE), torch.randn(2, 6, dtype=DOUBLE)
     t, s = 0.7, 0.6
     flow = tr.flow_sde(x, v, t, s, 0.7, 0.9)
@@ -127,6 +132,7 @@ def test_dance_with_flow_grpos_noise_is_flow_grpos_step() -> None:
 
 @pytest.mark.parametrize("name", ["flow_sde", "dance_sde", "cps"])
 def test_no_noise_is_the_ode_step_and_has_no_log_prob(name: str) -> None:
+    """C76."""
     x, v = torch.randn(2, 6), torch.randn(2, 6)
     step = tr.FLOW_DYNAMICS[name](x, v, 0.7, 0.6, 0.0, 0.9)
     ode = tr.flow_ode(x, v, 0.7, 0.6).mean
