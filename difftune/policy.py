@@ -10,12 +10,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from difftune.memory import (
+    Attention,
+    Compile,
+    IdleEncoders,
+    Quantize,
+    compile_denoiser,
+    quantization,
+    set_attention,
+    set_vae,
+)
 from difftune.types import UserError
 from difftune.zoo import MODELS, model_path
 
@@ -81,6 +91,25 @@ class ModelConfig(BaseModel):
     scheduler: str | None = Field(
         None, description="Scheduler class of diffusers to use in place of the model's own, made from its config."
     )
+    quantize: Quantize | dict[Literal["denoiser", "text_encoders"], Quantize] | None = Field(
+        None,
+        description="Frozen weights in 8 or 4 bits: of the denoiser, or a mapping for denoiser and text_encoders "
+        "(of those the language models).",
+    )
+    attention: Attention = Field(
+        "auto",
+        description="The denoiser's attention kernel: sdpa (torch chooses), one of its math, efficient and cudnn, or "
+        "those of flash-attn and xformers; auto: the model's own.",
+    )
+    vae_tiling: bool = Field(False, description="Decode large pictures in tiles: less memory, blended borders.")
+    vae_slicing: bool = Field(False, description="Decode one picture at a time: less memory.")
+
+    @property
+    def quantized_parts(self) -> dict[str, Quantize]:
+        """How the denoiser and the text encoders are quantised; a bare name means the denoiser."""
+        if isinstance(self.quantize, str):
+            return {"denoiser": self.quantize}
+        return {str(part): how for part, how in (self.quantize or {}).items()}
 
 
 def load_pipeline(
@@ -91,6 +120,10 @@ def load_pipeline(
     variant: str | None = None,
     scheduler: str | None = None,
     device: str | torch.device | None = None,
+    quantize: Mapping[str, Quantize] | None = None,
+    attention: Attention = "auto",
+    vae_tiling: bool = False,
+    vae_slicing: bool = False,
 ) -> Any:
     """Load a diffusers pipeline.
 
@@ -102,12 +135,20 @@ def load_pipeline(
         variant: weight variant on the hub.
         scheduler: name of a diffusers scheduler class to use in place of the model's own.
         device: where to put the pipeline; unchanged by default.
+        quantize: how the frozen weights of the ``denoiser`` and the ``text_encoders`` are stored; as they are by
+            default. Not for pipeline objects.
+        attention: the denoiser's attention kernel.
+        vae_tiling, vae_slicing: let the autoencoder work in tiles, or on one picture at a time.
 
     Raises:
-        UserError: the model does not exist or is not a pipeline.
+        UserError: the model does not exist, is not a pipeline, or cannot do what is asked for.
     """
     with _quiet():
-        pipe = _load(model, dtype, revision, variant, scheduler)
+        pipe = _load(model, dtype, revision, variant, scheduler, quantize or {})
+        if attention != "auto":
+            for module in find_denoisers(pipe).values():
+                set_attention(module, attention)
+    set_vae(pipe, tiling=vae_tiling, slicing=vae_slicing)
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
     return pipe if device is None else pipe.to(device)
@@ -119,6 +160,7 @@ def _load(
     revision: str | None,
     variant: str | None,
     scheduler: str | None,
+    quantize: Mapping[str, Quantize],
 ) -> Any:
     import diffusers
 
@@ -141,10 +183,14 @@ def _load(
                 )
         # diffusers renamed the argument and warns of the old name.
         dtype_name = "dtype" if _version(diffusers.__version__) >= (0, 42) else "torch_dtype"
+        options: dict[str, Any] = {dtype_name: torch_dtype, "revision": revision, "variant": variant}
         try:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                source, **{dtype_name: torch_dtype}, revision=revision, variant=variant
-            )
+            if quantize:
+                index = diffusers.DiffusionPipeline.load_config(source, revision=revision)
+                options["quantization_config"] = quantization(index, quantize, torch_dtype, _is_denoiser)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source, **options)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
@@ -159,6 +205,10 @@ def _load(
             raise UserError(f"model.scheduler: diffusers has no {scheduler!r}, expected e.g. DDIMScheduler")
         pipe.scheduler = cls.from_config(pipe.scheduler.config)
     return pipe
+
+
+def _is_denoiser(component: str) -> bool:
+    return component in _DENOISERS or component in _DENOISERS_ELSE
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -226,6 +276,8 @@ class Policy:
         lora: the adapter to attach; ``None`` trains whatever already requires grad.
         denoisers: component names to train, found by themselves in diffusers' pipelines.
         gradient_checkpointing: trade time for memory in the denoiser.
+        compile: compile the denoiser, as a whole (``full``) or by its repeated ``blocks``.
+        idle_encoders: keep text and image encoders in the host's memory, except while they encode.
 
     Raises:
         UserError: no denoiser, no layer matches ``lora.targets``, or nothing requires grad.
@@ -234,6 +286,7 @@ class Policy:
         pipe: the pipeline.
         denoisers: component name to module.
         lora: the adapter's settings, or ``None``.
+        compiled: whether the denoiser is compiled, so that ratios are 1 up to rounding only.
     """
 
     adapter_name = "default"
@@ -245,9 +298,12 @@ class Policy:
         *,
         denoisers: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
+        compile: Compile = "no",
+        idle_encoders: bool = False,
     ) -> None:
         self.pipe = pipe
         self.lora = lora
+        self.compiled = compile != "no"
         self.denoisers = (
             find_denoisers(pipe) if denoisers is None else {name: getattr(pipe, name) for name in denoisers}
         )
@@ -263,6 +319,8 @@ class Policy:
             module.eval()
             if gradient_checkpointing:
                 _enable_checkpointing(module)
+            compile_denoiser(module, compile)
+        self._idle = IdleEncoders(pipe, pipeline_modules(pipe)) if idle_encoders else None
         if not self.parameters():
             raise UserError(
                 f"{type(pipe).__name__}: nothing to train, expected parameters that require grad; "
@@ -291,7 +349,11 @@ class Policy:
     def to(self, device: torch.device | str) -> Policy:
         """Move the pipeline and the stored adapters to ``device`` and return the policy."""
         modules = list(pipeline_modules(self.pipe).values())
-        if hasattr(self.pipe, "to") and all(hasattr(module, "dtype") for module in modules):
+        if self._idle is not None:
+            idle = list(self._idle.modules.values())
+            modules = [module for module in modules if not any(module is one for one in idle)]
+            self._idle.to(device)
+        if self._idle is None and hasattr(self.pipe, "to") and all(hasattr(module, "dtype") for module in modules):
             self.pipe.to(device)
         else:
             # diffusers' own .to() asks every module for its dtype, which a plain nn.Module does not have.
@@ -301,6 +363,11 @@ class Policy:
             for key in values:
                 values[key] = values[key].to(device)
         return self
+
+    def rest(self) -> None:
+        """Send encoders that are idle to the host's memory, with ``idle_encoders``."""
+        if self._idle is not None:
+            self._idle.rest()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters by ``component.path``, in a fixed order."""

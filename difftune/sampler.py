@@ -538,6 +538,8 @@ class Sampler:
 
         def decide() -> Action:
             nonlocal skipped
+            # The denoiser's turn: prompts are encoded.
+            self.policy.rest()
             action = driver.action(state.index)
             if action == "skip" and not self._skips:
                 return "run"
@@ -578,6 +580,7 @@ class Sampler:
             for (owner, name), native in zip(self._seats, natives, strict=True):
                 vars(owner)[name] = native
             state.begin(None)
+            self.policy.rest()
         return self._drive(driver, prompts, keys, conditions, steps=steps, checkpointing=checkpointing)
 
     def _processors(self) -> dict[Any, Any]:
@@ -668,8 +671,8 @@ class Sampler:
 
         Args:
             trajectory: a rollout of one pipeline call (at most ``batch_size`` samples), made with the current weights.
-            tolerance: bound on |ratio - 1|, with ratios of the mean log-prob; by default 0 on the CPU without autocast,
-                whatever the dtype, and 1e-4 elsewhere.
+            tolerance: bound on |ratio - 1|, with ratios of the mean log-prob; by default 0 on the CPU without autocast
+                and compilation, whatever the dtype, and 1e-4 elsewhere.
 
         Returns:
             ``max_ratio_error``; ``steps`` verified; ``grad_norm`` over all trained parameters; ``layers_reached``,
@@ -680,7 +683,7 @@ class Sampler:
                 and has a gradient.
         """
         params = self.policy.named_parameters()
-        exact = self.policy.device.type == "cpu" and self.autocast is None
+        exact = self.policy.device.type == "cpu" and self.autocast is None and not self.policy.compiled
         bound = (0.0 if exact else 1e-4) if tolerance is None else tolerance
         errors: dict[int, float] = {}
 

@@ -30,6 +30,7 @@ from difftune import checkpoint
 from difftune.algorithm import Algorithm, Batch, Context, Plan, Prepared
 from difftune.export import save_adapter, save_weights
 from difftune.labelled import LabelledPictures
+from difftune.memory import brought
 from difftune.monitor import Monitor, MonitorAlarm, MonitorConfig
 from difftune.policy import Policy
 from difftune.processes import Processes, even_shares
@@ -118,6 +119,7 @@ class Trainer:
         listener: called with (phase, done, total) while an epoch runs.
         monitor: rewards that are watched and not trained on: a list, a :class:`~difftune.monitor.MonitorConfig`, or a
             :class:`~difftune.monitor.Monitor`.
+        idle_rewards: keep scorers in the host's memory, except while they score.
 
     Several processes (``accelerate launch``, ``torchrun``) share the samples, and take the same steps as one would, up
     to rounding; each makes its trainer, iterates over it and saves, and the first of them writes.
@@ -147,6 +149,7 @@ class Trainer:
         description: Mapping[str, Any] | None = None,
         listener: Listener | None = None,
         monitor: Monitor | MonitorConfig | Sequence[Any] | None = None,
+        idle_rewards: bool = False,
         **settings: Any,
     ) -> None:
         if config is not None and settings:
@@ -157,7 +160,13 @@ class Trainer:
         self.policy = policy.to(self.accelerator.device)
         self.sampler = sampler
         self.algorithm = algorithm
-        self.reward = build_reward(reward).to(self.accelerator.device)
+        if idle_rewards and algorithm.needs_gradient:
+            raise UserError(
+                f"offload: algorithm {algorithm.name!r} follows the reward's gradient, which needs it beside the "
+                "model; leave reward out of offload"
+            )
+        self._idle_rewards = idle_rewards
+        self.reward = build_reward(reward).to("cpu" if idle_rewards else self.accelerator.device)
         self.prompts = load_prompts(prompts)
         self.sample_prompts = load_prompts(sample_prompts if sample_prompts is not None else self.prompts)
         for listed in (self.prompts, self.sample_prompts):
@@ -209,7 +218,7 @@ class Trainer:
             return None
         if not isinstance(monitor, Monitor):
             config = monitor if isinstance(monitor, MonitorConfig) else MonitorConfig(rewards=list(monitor))
-            monitor = Monitor(config, self.accelerator.device)
+            monitor = Monitor(config, "cpu" if self._idle_rewards else self.accelerator.device)
         if self._labelled is not None:
             raise UserError("monitor: an algorithm that learns from labelled pictures draws no samples to be watched")
         compares = [label for label, reward in monitor.rewards.items() if reward.groupwise]
@@ -321,7 +330,8 @@ class Trainer:
         assert trajectory.images is not None
         rows = samples.shares[self.processes.rank]
         texts, metadata = [samples.texts[i] for i in rows], [samples.metadata[i] for i in rows]
-        return monitor.measure(trajectory.images, texts, metadata)
+        with brought(monitor.rewards.values(), self.accelerator.device, self._idle_rewards):
+            return monitor.measure(trajectory.images, texts, metadata)
 
     def _finish(self, epoch: int, values: dict[str, float]) -> Metrics:
         """Write what is due after an epoch: samples, the log line, then the checkpoint."""
@@ -416,7 +426,8 @@ class Trainer:
         if images is None:
             return None
         texts = [samples.texts[i] for i in rows]
-        out = self.reward(images, texts, [samples.metadata[i] for i in rows])
+        with brought([self.reward], self.accelerator.device, self._idle_rewards):
+            out = self.reward(images, texts, [samples.metadata[i] for i in rows])
         self._tell("score", len(texts), len(texts))
         return out
 

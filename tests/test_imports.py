@@ -34,7 +34,7 @@ ORDER: list[list[str]] = [
     ["puppet", "denoiser", "prompt_cache", "quirks"],
     ["policy"],
     ["algorithm", "reward"],
-    ["advantage", "noise"],
+    ["advantage", "memory", "noise"],
     ["transition"],
     ["preferences"],
     ["prompts", "window"],

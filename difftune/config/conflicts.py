@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from difftune.algorithm import Plan, build_algorithm
+from difftune.algorithm import ALGORITHMS, Plan, build_algorithm
 from difftune.config.named import is_composed
 from difftune.config.schema import RunConfig
 from difftune.config.sections import noise_level
@@ -55,6 +55,7 @@ def conflicts_of(config: RunConfig) -> list[str]:
             f"lora: null trains the denoiser itself, in fp32, and model.dtype is {config.model.dtype}; set model.dtype "
             "to fp32 (with mixed_precision for speed), or train an adapter"
         )
+    problems += _memory_conflicts(config)
     if config.mixed_precision == "fp16":
         problems.append("mixed_precision: fp16 loses small gradients, and there is no loss scaling; use bf16")
     plan = Plan(train.prompts_per_epoch, train.samples_per_prompt, train.updates_per_epoch)
@@ -77,6 +78,28 @@ def conflicts_of(config: RunConfig) -> list[str]:
     refusals = [refusal(dynamics) for dynamics in meant]
     if all(refusals):
         problems.append(refusal(sampler.dynamics) or refusals[0])
+    return problems
+
+
+def _memory_conflicts(config: RunConfig) -> list[str]:
+    """Return which memory and speed settings exclude one another."""
+    model, problems = config.model, []
+    if config.lora is None and "denoiser" in model.quantized_parts:
+        problems.append("lora: null trains the denoiser itself, and quantised weights cannot be trained; set lora")
+    if model.attention == "flash" and model.dtype == "fp32" and config.mixed_precision == "no":
+        problems.append("model.attention: flash computes in half precision; set model.dtype to bf16, or choose sdpa")
+    if config.train.sharding == "fsdp":
+        for name, on in (("model.quantize", model.quantized_parts), ("compile", config.compile != "no")):
+            if on:
+                problems.append(f"{name}: not tried with train.sharding: fsdp; use one of the two")
+    for how in sorted({how for how in model.quantized_parts.values() if how.startswith("bnb")}):
+        if config.device in ("cpu", "mps"):
+            problems.append(f"model.quantize: {how} needs a CUDA GPU, and device is {config.device}; use torchao-int8")
+    if "reward" in config.offload and ALGORITHMS.get(config.algorithm["name"]).needs_gradient:
+        problems.append(
+            f"offload: algorithm {config.algorithm['name']!r} follows the reward's gradient, which needs it beside the "
+            "model; leave reward out of offload"
+        )
     return problems
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from difftune.config.conflicts import conflicts_of
+from difftune.config.memory_presets import over_preset
 from difftune.config.messages import error_lines
 from difftune.config.overrides import apply_override, with_absolute_paths
 from difftune.config.presets import recipe_text, recipes
@@ -33,9 +34,12 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if Path(source).is_dir():
         # A run that was moved or copied is where it is now, not where it was made.
         data["out"] = str(source)
-    for override in overrides:
+    # A preset of the command line counts more than the file, and less than what else the command line says.
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0].strip() != "preset"):
         try:
             apply_override(data, override)
+            if override.partition("=")[0].strip() == "preset":
+                data = over_preset(data)
         except UserError as error:
             problems.append(str(error))
     data.setdefault("out", None)

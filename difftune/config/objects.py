@@ -15,6 +15,7 @@ from difftune.config.messages import shown
 from difftune.config.resolved import published
 from difftune.config.schema import RunConfig
 from difftune.config.sections import load_split, noise_level
+from difftune.memory import require, require_compiler
 from difftune.policy import ModelConfig, Policy, load_pipeline
 from difftune.prompts import Prompt
 from difftune.puppet import grid_of, resolve_dynamics
@@ -76,6 +77,7 @@ class Run:
             description=published(self.config),
             listener=listener,
             monitor=self.config.monitor,
+            idle_rewards="reward" in self.config.offload,
         )
 
 
@@ -91,13 +93,20 @@ def build(config: RunConfig) -> Run:
         UserError: something cannot be loaded, or does not fit together.
     """
     prepare_process(config)
+    require_settings(config)
     prompts, held_out = load_split(config.prompts)
     reward = load_reward(config.reward)
     check_metadata(reward, [*prompts, *(held_out if config.evaluate is not None else [])])
     pipe = load_model(config.model)
     # What the adapter begins with must not depend on what was loaded before it.
     torch.manual_seed(config.train.seed)
-    policy = Policy(pipe, config.lora, gradient_checkpointing=config.gradient_checkpointing)
+    policy = Policy(
+        pipe,
+        config.lora,
+        gradient_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
+        idle_encoders="text_encoders" in config.offload,
+    )
     algorithm = build_algorithm(config.algorithm)
     return Run(
         config=config,
@@ -130,6 +139,30 @@ def prepare_process(config: RunConfig) -> None:
     set_seed(config.train.seed)
 
 
+def require_settings(config: RunConfig) -> None:
+    """Refuse memory and speed settings that this machine cannot run.
+
+    Raises:
+        UserError: a package, a GPU or a compiler is missing.
+    """
+    device = pick_device(config.device)
+    require_model_settings(config.model, device)
+    if config.compile != "no":
+        require_compiler(device)
+
+
+def require_model_settings(model: ModelConfig, device: str) -> None:
+    """Refuse a way to load the model that this machine cannot run.
+
+    Raises:
+        UserError: a package or a GPU is missing.
+    """
+    for how in model.quantized_parts.values():
+        require("model.quantize", how, device)
+    if model.attention not in ("auto", "sdpa", "math"):
+        require("model.attention", model.attention, device)
+
+
 def pick_device(device: str = "auto") -> str:
     """Return ``cuda``, ``mps`` or ``cpu``: the one asked for, or with ``auto`` the best there is.
 
@@ -156,6 +189,10 @@ def load_model(model: ModelConfig) -> Any:
         revision=model.revision,
         variant=model.variant,
         scheduler=model.scheduler,
+        quantize=model.quantized_parts,
+        attention=model.attention,
+        vae_tiling=model.vae_tiling,
+        vae_slicing=model.vae_slicing,
     )
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from difftune.config.memory_presets import PresetName, with_preset
 from difftune.config.messages import Problems, located
 from difftune.config.named import checked_algorithm, checked_reward
 from difftune.config.sections import EvaluateConfig, PromptsConfig, SamplerConfig, load_split
+from difftune.memory import Compile
 from difftune.monitor import MonitorConfig
 from difftune.policy import LoraConfig, ModelConfig
 from difftune.registry import nearest
@@ -55,12 +57,28 @@ class RunConfig(BaseModel):
     plugins: list[str] = Field(
         default_factory=list, description="Python files with rewards or algorithms, relative to the configuration."
     )
+    preset: PresetName | None = Field(
+        None, description="Memory and speed settings for a GPU of this memory; what stands beside it goes before it."
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where the run computes.")
     threads: int | None = Field(None, ge=1, description="CPU threads; null: leave as they are.")
     gradient_checkpointing: bool = Field(False, description="Trade time for memory in the denoiser.")
+    compile: Compile = Field(
+        "no", description="Compile the denoiser: full, or its repeated blocks only, which takes a fraction of the time."
+    )
+    offload: list[Literal["text_encoders", "reward"]] = Field(
+        default_factory=list,
+        description="What waits in the host's memory while it is idle: text_encoders (image encoders too), reward "
+        "(monitored ones too).",
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Dtype of torch.autocast around the pipeline, in rollout and training alike."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, value: Any) -> Any:
+        return with_preset(value) if isinstance(value, Mapping) else value
 
     @field_validator("algorithm", mode="before")
     @classmethod
