@@ -8,6 +8,7 @@ line before a model is loaded.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import shutil
@@ -269,6 +270,25 @@ def brought(things: Iterable[Any], device: torch.device | str, idle: bool) -> It
     finally:
         for thing in moved:
             thing.to("cpu")
+
+
+# -- memory that is exhausted ----------------------------------------------------------------------------------------
+
+
+def out_of_memory(what: str, size: int, error: BaseException) -> str:
+    """Return the line that says what to do when ``size`` samples in ``what`` are too many and cannot be made fewer."""
+    return (
+        f"out of memory in {what} of {size} ({_first_line(error).rstrip('.')}), and no smaller one can be tried: set "
+        "gradient_checkpointing: true, model.dtype: bf16, offload: [text_encoders, reward] or model.quantize, lower "
+        "sampler.height and width, or begin with a preset (8GB, 12GB, 24GB)"
+    )
+
+
+def free_memory() -> None:
+    """Give back what is held for nobody, once the error of an exhausted memory and its graph are gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _first_line(error: BaseException) -> str:

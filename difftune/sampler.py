@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from difftune.drivers import (
     Retracer,
     StepView,
 )
+from difftune.memory import free_memory, out_of_memory
 from difftune.noise import KeyedDraws, KeyedGenerator, keyed_generator, keyed_noise
 from difftune.policy import Policy, pipeline_modules
 from difftune.prompt_cache import PromptCache
@@ -114,6 +116,8 @@ class Sampler:
         quirk = quirk_of(type(policy.pipe).__name__)
         if quirk.refuse:
             raise UserError(f"model: {type(policy.pipe).__name__} cannot be trained: {quirk.refuse}")
+        #: Whether a batch that exhausts the device's memory is halved.
+        self.shrinks = True
         self.batch_size = batch_size if quirk.max_batch is None else min(batch_size, quirk.max_batch)
         self.store = store
         self.autocast = autocast
@@ -188,14 +192,28 @@ class Sampler:
 
         Raises:
             NonFiniteError: a latent or image is NaN or infinite; the message names the sample.
+            UserError: no prompts; or the device's memory does not hold one sample (larger batches are halved).
         """
         prompts = tuple(prompts)
         keys = sample_keys(prompts, seed, epoch) if keys is None else tuple(keys)
-        parts = []
-        for start in range(0, len(prompts), self.batch_size):
+        parts: list[Trajectory] = []
+        while (start := sum(map(len, parts))) < len(prompts):
             rows = slice(start, start + self.batch_size)
             batch = {name: value[rows] for name, value in (conditions or {}).items()}
-            parts.append(self._record(prompts[rows], keys[rows], batch, decode))
+            try:
+                parts.append(self._record(prompts[rows], keys[rows], batch, decode))
+                continue
+            except torch.OutOfMemoryError as error:
+                if self.batch_size == 1 or not self.shrinks:
+                    raise UserError(out_of_memory("a rollout", self.batch_size, error)) from None
+            # Outside of the handler, which holds on to what did not fit. The noise is the samples' own.
+            self.batch_size //= 2
+            free_memory()
+            warnings.warn(
+                f"out of memory: sampler.batch_size is {self.batch_size} from here on, and the samples stay the same; "
+                "write that into the configuration to save the failed attempt",
+                stacklevel=2,
+            )
         if not parts:
             raise UserError("rollout: got no prompts, expected at least one")
         return Trajectory.cat(parts)

@@ -30,7 +30,7 @@ from difftune import checkpoint
 from difftune.algorithm import Algorithm, Batch, Context, Plan, Prepared
 from difftune.export import save_adapter, save_weights
 from difftune.labelled import LabelledPictures
-from difftune.memory import brought
+from difftune.memory import brought, free_memory, out_of_memory
 from difftune.monitor import Monitor, MonitorAlarm, MonitorConfig
 from difftune.policy import Policy
 from difftune.processes import Processes, even_shares
@@ -205,7 +205,11 @@ class Trainer:
                     f"epoch for {self.processes.count} processes; raise train.samples_per_prompt"
                 )
             self.processes.shard(self.policy)
+            # All processes must call the model equally often, so none may cut its batches on its own.
+            self.sampler.shrinks = False
         self._boundary: dict[str, Any] | None = None
+        # Halved when the device's memory is exhausted, for the rest of this process's life.
+        self._micro_batch = self.config.micro_batch
         self._seconds: dict[str, float] = defaultdict(float)
         self._reported: list[RewardOutput] = []
         self._gate_cost = (0, 0)
@@ -531,15 +535,52 @@ class Trainer:
         evidence: _Evidence,
         prepared: Prepared,
     ) -> dict[str, list[tuple[float, float]]]:
-        """Add up the gradients of this process's units of the minibatch.
+        """Add up the gradients of this process's units of the minibatch, in micro-batches that fit into memory.
 
         Returns metrics by name, as (value, samples) of each micro-batch.
+
+        Raises:
+            UserError: the device's memory does not hold the smallest micro-batch.
         """
+        units = [unit for unit in minibatch if evidence.owner[unit[0]] == self.processes.rank]
+        # What a pass over a part of the minibatch has changed is taken back before it is begun again.
+        kept = copy.deepcopy((self.algorithm.state_dict(), self.reward.state_dict()))
+        reported = len(self._reported)
+        while True:
+            try:
+                return self._accumulate_in(self._micro_batch, minibatch, stream, samples, evidence, prepared)
+            except torch.OutOfMemoryError as error:
+                largest = max(map(len, units), default=1)
+                if self._micro_batch <= largest or self.processes.sharded:
+                    raise UserError(out_of_memory("a micro-batch", self._micro_batch, error)) from None
+            # Outside of the handler: the error holds on to the graph that did not fit.
+            self.optimizer.zero_grad(set_to_none=True)
+            self.algorithm.load_state_dict(copy.deepcopy(kept[0]))
+            self.reward.load_state_dict(copy.deepcopy(kept[1]))
+            del self._reported[reported:]
+            self._micro_batch = max(self._micro_batch // 2, largest)
+            free_memory()
+            warnings.warn(
+                f"out of memory: train.micro_batch is {self._micro_batch} from here on, and the gradients stay the "
+                "same; write that into the configuration to save the failed attempt",
+                stacklevel=2,
+            )
+
+    def _accumulate_in(
+        self,
+        micro_batch: int,
+        minibatch: Sequence[list[int]],
+        stream: tuple[int, int, str],
+        samples: _Samples,
+        evidence: _Evidence,
+        prepared: Prepared,
+    ) -> dict[str, list[tuple[float, float]]]:
+        """Do that in micro-batches of ``micro_batch`` samples at most, or of one unit."""
         size = sum(map(len, minibatch))
         shares: list[list[list[list[int]]]] = []
         for rank in range(self.processes.count):
             units = [unit for unit in minibatch if evidence.owner[unit[0]] == rank]
-            shares.append(list(_micro_batches(units, self.config.micro_batch)))
+            shares.append(list(_micro_batches(units, micro_batch)))
         own = shares[self.processes.rank]
         meter: dict[str, list[tuple[float, float]]] = defaultdict(list)
         for micro in own:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,99 @@ def test_int8_weights_by_torchao_train_with_ratio_1() -> None:
     images, figures = drawn(pipe)
     assert figures["max_ratio_error"] == 0 and figures["layers_reached"] > 0
     assert 0 < float((images - expected).abs().max()) < 0.1
+
+
+# -- memory that is exhausted --------------------------------------------------------------------------------------
+
+
+def run_of(fits: int, algorithm: Any = None, **settings: Any) -> Trainer:
+    """A run on a device whose memory holds ``fits`` samples with gradients, fewer than that never fail."""
+    torch.manual_seed(0)
+    policy = Policy(tiny.sd_pipeline(), LoraConfig(rank=2))
+    sampler = Sampler(policy, steps=2, eta=1.0, height=16, width=16)
+    sizes = {"epochs": 1, "prompts_per_epoch": 4, "samples_per_prompt": 2, "updates_per_epoch": 2, "micro_batch": 4}
+    algorithm = algorithm or dt.build_algorithm("ddpo", normalize="batch", lr=1e-2)
+    trainer = Trainer(
+        policy=policy, sampler=sampler, algorithm=algorithm, reward="jpeg_compressibility", prompts=PROMPTS,
+        **{**sizes, **settings},
+    )  # fmt: skip
+    accumulate = trainer.algorithm.accumulate
+
+    def limited(batch: Any, context: Any) -> dict[str, float]:
+        # The work is done, and its gradients are there, when the memory gives out.
+        found = accumulate(batch, context)
+        if len(batch) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return found
+
+    trainer.algorithm.accumulate = limited  # type: ignore[method-assign]
+    return trainer
+
+
+def test_an_exhausted_memory_halves_the_micro_batch_and_takes_the_same_step() -> None:
+    plain, short = run_of(fits=8), run_of(fits=1)
+    (expected,) = list(plain)
+    with pytest.warns(UserWarning, match="out of memory: train.micro_batch is") as told:
+        (metrics,) = list(short)
+    lines = [str(one.message) for one in told]
+    assert [line.split(" from")[0][-1] for line in lines] == ["2", "1"] and all("\n" not in line for line in lines)
+    assert short.step == plain.step == 2
+    for name, value in plain.policy.named_parameters().items():
+        torch.testing.assert_close(short.policy.named_parameters()[name], value, atol=2e-4, rtol=0)
+    assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+    assert short.config.micro_batch == 4, "the run's configuration is what it was"
+
+
+def test_what_a_failed_attempt_remembered_is_forgotten() -> None:
+    def value_net(fits: int) -> Any:
+        run = run_of(fits, dt.build_algorithm("dpok", baseline="value", lr=1e-2))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            list(run)
+        return run.algorithm.state_dict()["value"]
+
+    assert len(value_net(2)["targets"]) == len(value_net(8)["targets"])
+
+
+def test_what_cannot_be_halved_is_one_line_of_remedies() -> None:
+    with pytest.warns(UserWarning), pytest.raises(UserError) as error:
+        list(run_of(fits=0))
+    line = str(error.value)
+    assert line.startswith("out of memory in a micro-batch of 1 (CUDA out of memory") and "\n" not in line
+    assert "gradient_checkpointing: true" in line and "preset" in line
+    # A pair is never cut.
+    pairs = dt.build_algorithm("d3po")
+    with pytest.raises(UserError, match="in a micro-batch of 2 "):
+        list(run_of(fits=1, algorithm=pairs, micro_batch=2))
+
+
+def test_a_rollout_that_does_not_fit_is_drawn_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sampler() -> Sampler:
+        torch.manual_seed(0)
+        policy = Policy(tiny.sd_pipeline(), LoraConfig(rank=2))
+        return Sampler(policy, steps=2, eta=1.0, height=16, width=16, batch_size=4)
+
+    prompts = ["a", "b", "c", "d", "e"]
+    expected = sampler().rollout(prompts)
+    record = Sampler._record
+    sizes: list[int] = []
+
+    def limited(self: Sampler, prompts: Any, *rest: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return record(self, prompts, *rest)
+
+    monkeypatch.setattr(Sampler, "_record", limited)
+    short = sampler()
+    with pytest.warns(UserWarning, match="sampler.batch_size is 2 from here on"):
+        trajectory = short.rollout(prompts)
+    assert sizes == [4, 2, 2, 1] and short.batch_size == 2
+    torch.testing.assert_close(trajectory.states, expected.states, atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="out of memory in a rollout of 4 "):
+        fixed = sampler()
+        fixed.shrinks = False
+        fixed.rollout(prompts)
 
 
 # -- what goes together --------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # reports that a LoRA of the denoiser has no keys for the text encoder.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.formatwarning = _as_a_line
     try:
         app(args=None if argv is None else list(argv))
     except SystemExit as end:
@@ -51,6 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return code
     return 0
+
+
+def _as_a_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None) -> str:
+    """Show our own warnings as what they are to the user: a line, without the line of code that gave it."""
+    if "difftune" in Path(filename).parts:
+        return f"difftune: {message}\n"
+    return _FORMAT(message, category, filename, lineno, line)
+
+
+_FORMAT = warnings.formatwarning
 
 
 @app.callback(invoke_without_command=True)
