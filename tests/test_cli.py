@@ -27,7 +27,7 @@ from difftune import config as cf
 from difftune.checkpoint import checkpoints
 from difftune.cli.interrupts import Interrupts
 from difftune.cli.score import read_picture
-from difftune.types import Metrics, RewardOutput
+from difftune.types import Metrics, RewardOutput, UserError
 
 Capture = pytest.CaptureFixture[str]
 
@@ -142,6 +142,27 @@ def test_a_second_start_in_the_same_folder_is_refused_and_changes_nothing(run: P
     before = (run / "config.yaml").read_bytes()
     assert "already holds a run" in refused(capsys, "train", "my.yaml", "algorithm.lr=1")
     assert (run / "config.yaml").read_bytes() == before
+
+
+def test_of_several_processes_the_first_claims_the_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from difftune.cli.train import _claim
+
+    config, out = cf.load_config("my.yaml", ["out=runs/shared"]), place / "runs/shared"
+    monkeypatch.setenv("RANK", "1")
+    _claim(out, config, resume=False)
+    assert not out.exists()
+    monkeypatch.setenv("RANK", "0")
+    _claim(out, config, resume=False)
+    assert cf.load_config(out).sampler == config.sampler
+    (out / "metrics.jsonl").touch()
+    written = (out / "config.yaml").stat().st_mtime_ns
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="already holds a run"):
+        _claim(out, config, resume=False)
+    _claim(out, config, resume=True)
+    with pytest.raises(UserError, match="lora.rank differ"):
+        _claim(out, cf.load_config("my.yaml", ["out=runs/shared", "lora.rank=5"]), resume=True)
+    assert (out / "config.yaml").stat().st_mtime_ns == written
 
 
 def test_resume_names_the_settings_that_would_alter_results(run: Path, capsys: Capture) -> None:

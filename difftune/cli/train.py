@@ -61,9 +61,13 @@ def run_config(config: RunConfig, resume: bool) -> int:
             if code is None:
                 raise
             return code
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         tell_results(out, comparison, config.plugins)
     return 0
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _last_checkpoint(out: Path) -> str:
@@ -74,7 +78,10 @@ def _last_checkpoint(out: Path) -> str:
 
 
 def _claim(out: Path, config: RunConfig, resume: bool) -> None:
-    """Write ``config.yaml`` into the run's folder, unless that folder is another run's."""
+    """Write ``config.yaml`` into the run's folder, unless that folder is another run's.
+
+    Of several processes all look, and the first one writes.
+    """
     from difftune.checkpoint import checkpoints, write_atomically
     from difftune.config import changed_keys, read_yaml, resolve, to_yaml
     from difftune.types import UserError
@@ -93,6 +100,8 @@ def _claim(out: Path, config: RunConfig, resume: bool) -> None:
         raise UserError(
             f"out: {out} already holds a run; go on with difftune train {out} --resume, or choose another with --out"
         )
+    if not _is_first():
+        return
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(file, to_yaml(resolve(config)))
 
