@@ -48,9 +48,15 @@ class AdjointMatchingConfig(TransitionConfig):
     )
 
 
-def matching_loss(mean: Tensor, base_mean: Tensor, std: float, adjoint: Tensor) -> Tensor:
-    """Return ``(B,)`` mean over dimensions of ((mu - mu_base) / S + S a)^2, with the adjoint after the step."""
-    return ((mean - base_mean) / std + std * adjoint).square().flatten(1).mean(1)
+def matching_loss(
+    mean: Tensor, base_mean: Tensor, std: float, adjoint: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Return ``(B,)`` mean over dimensions of ((mu - mu_base) / S + S a)^2, with the adjoint after the step.
+
+    Where ``mask`` is False the pipeline overwrites what was drawn: nothing is to be matched there.
+    """
+    error = ((mean - base_mean) / std + std * adjoint).square()
+    return (error if mask is None else error * mask).flatten(1).mean(1)
 
 
 @algorithm("adjoint_matching")
@@ -105,7 +111,7 @@ class AdjointMatching(TransitionAlgorithm):
         def loss_of(view: StepView, reference: Gaussian | None) -> tuple[Tensor, dict[str, Tensor]]:
             assert reference is not None
             adjoint = adjoints[view.index].to(view.mean)
-            loss = matching_loss(view.mean, reference.mean, view.std, adjoint)
+            loss = matching_loss(view.mean, reference.mean, view.std, adjoint, view.gaussian.mask)
             return loss, {"kl": view.gaussian.kl(reference).detach(), "adjoint": adjoint.flatten(1).norm(dim=1)}
 
         return self.train_steps(batch, context, loss_of)

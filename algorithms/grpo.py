@@ -80,13 +80,17 @@ class GRPOConfig(TransitionConfig):
     ratio: Literal["plain", "guard"] = Field("plain", description="The ratio itself, or GRPO-Guard's normalised one.")
 
 
-def guarded_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: float) -> Tensor:
+def guarded_log_ratio(
+    log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: float, mask: Tensor | None = None
+) -> Tensor:
     """Return GRPO-Guard's log-ratio ``(B,)``: std * (log w + mean over dimensions of (mu - mu_old)^2 / (2 std^2)).
 
     The log-ratio of a Gaussian step is -(mu - mu_old)^2 / (2 std^2) + z (mu - mu_old) / std: what is left is
-    z (mu - mu_old), without bias and of one scale at all steps.
+    z (mu - mu_old), without bias and of one scale at all steps. Where ``mask`` is False the pipeline overwrites what
+    was drawn: those dimensions are no part of the log-ratio, and hence not of its bias.
     """
-    bias = (mean - old_mean).square().flatten(1).mean(1) / (2 * std**2)
+    shift = (mean - old_mean).square()
+    bias = (shift if mask is None else shift * mask).flatten(1).mean(1) / (2 * std**2)
     return std * (log_ratio + bias)
 
 
@@ -152,7 +156,7 @@ class GRPO(TransitionAlgorithm):
         advantage = values["advantage"].to(view.log_prob.device)
         log_ratio = view.log_prob - view.old_log_prob
         if old_mean is not None:
-            log_ratio = guarded_log_ratio(log_ratio, view.mean, old_mean, view.std)
+            log_ratio = guarded_log_ratio(log_ratio, view.mean, old_mean, view.std, view.gaussian.mask)
         loss = importance_sampling_loss(log_ratio, torch.zeros_like(log_ratio), advantage, self.config.clip_range) / dt
         stats = ratio_stats(view, self.config.clip_range)
         stats["clip_fraction"] = ((log_ratio.detach().exp() - 1).abs() > self.config.clip_range).float()

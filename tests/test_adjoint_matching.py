@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import chains
@@ -54,6 +55,23 @@ def test_the_loss_is_zero_at_the_tilt_and_its_gradient_there_too() -> None:
     metrics = algorithm.accumulate(batch, context)
     expected = sum(float((g.std * adjoints[k]).square().mean()) for k, g in base.items()) / len(base)
     assert metrics["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_the_pipeline_overwrites_is_matched_by_nothing() -> None:
+    """Of a sample that is overwritten whole, neither the loss nor its gradient is anything."""
+    sampler, algorithm, batch, context = setup()
+    traj = batch.trajectory
+    assert traj is not None
+    kept = torch.zeros_like(traj.states[:, 1:], dtype=torch.bool)
+    sampler.policy.parameters()[0].data += 0.3
+    metrics = algorithm.accumulate(replace(batch, trajectory=replace(traj, kept=kept)), context)
+    assert metrics["loss"] == 0.0 and metrics["kl"] == 0.0
+    assert all(p.grad is None or not bool(p.grad.any()) for p in sampler.policy.parameters())
+    # The mean goes on dividing by all dimensions, as log-probs and KLs do.
+    mean, base, adjoint = (torch.randn(2, 4) for _ in range(3))
+    mask = torch.tensor([[True, True, False, False]])
+    half = matching_loss(mean[:, :2], base[:, :2], 0.5, adjoint[:, :2]) / 2
+    torch.testing.assert_close(matching_loss(mean, base, 0.5, adjoint, mask), half)
 
 
 @pytest.mark.parametrize("chain", ["diffusion", "flow"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from difftune.advantage import normalize_groups
-from difftune.algorithm import Batch, Context, Plan, build_algorithm
+from difftune.algorithm import Batch, Context, Plan, build_algorithm, importance_sampling_loss
+from difftune.algorithms import grpo as grpo_module
 from difftune.algorithms._value import ValueNet, features
 from difftune.algorithms.dpok import clamped_loss
 from difftune.algorithms.grpo import guarded_log_ratio
@@ -81,6 +83,36 @@ def test_the_guard_leaves_the_noise_times_the_shift() -> None:
     log_ratio = Gaussian(mean + shift, std).log_prob(x) - Gaussian(mean, std).log_prob(x)
     guarded = guarded_log_ratio(log_ratio, mean + shift, mean, std)
     torch.testing.assert_close(guarded, (noise * shift).mean(1), atol=1e-12, rtol=0)
+
+
+def test_the_guard_leaves_out_what_the_pipeline_overwrites() -> None:
+    """A known region's mean may lie anywhere: the ratio of the rest is what it is without the region."""
+    torch.manual_seed(0)
+    sampler = chains.sampler("diffusion")
+    grpo: Any = build_algorithm("grpo", kl_weight=0.0, ratio="guard")
+    traj = sampler.rollout(["a"] * 4)
+    # Nothing is kept: log-probs are 0, and so must be the bias of their ratios, wherever the policy has gone.
+    kept = torch.zeros_like(traj.states[:, 1:], dtype=torch.bool)
+    traj = replace(traj, kept=kept, log_probs=torch.zeros_like(traj.log_probs))
+    sampler.policy.parameters()[0].data += 0.5
+    batch = Batch(traj.prompts, traj.keys, {"advantage": torch.ones(4)}, traj, metadata=[{}] * 4)
+    reward = FunctionReward("none", lambda images, prompts: images.mean((1, 2, 3)), True)
+    context = Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0)
+    seen: list[float] = []
+
+    def keep(log_ratio: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.extend(log_ratio.detach().abs().tolist())
+        return importance_sampling_loss(log_ratio, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo_module, "importance_sampling_loss", keep)
+        grpo.accumulate(batch, context)
+    assert seen and max(seen) == 0.0
+    mask = torch.tensor([[True, False, True]])
+    mean, old_mean = torch.randn(2, 3), torch.randn(2, 3)
+    other = torch.where(mask, old_mean, old_mean + 9.0)
+    one, two = (guarded_log_ratio(torch.ones(2), mean, each, 0.3, mask) for each in (old_mean, other))
+    assert torch.equal(one, two) and not torch.equal(one, guarded_log_ratio(torch.ones(2), mean, old_mean, 0.3))
 
 
 @pytest.mark.parametrize("chain", ["diffusion", "flow"])
