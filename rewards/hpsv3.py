@@ -77,6 +77,6 @@ class HpsV3(Reward):
         for image, prompt in zip(images, prompts, strict=True):
             # A prompt is data: it is not formatted, and it must not bring a token of its own.
             told = self.instruction.replace("{text_prompt}", prompt.replace(TOKEN, " ")) + CLOSING
-            rows.append(self.head(self.judge.hidden_states([image], told, TOKEN)[-1]))
+            rows.append(self.head(self.judge.hidden_states([image], told, [TOKEN])[-1]))
         mean, log_sigma = torch.stack(rows).to(images.device).unbind(1)
         return RewardOutput(mean, {}, log_sigma.exp())

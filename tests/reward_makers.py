@@ -380,6 +380,51 @@ def hpsv3_file(folder: Path) -> dict[str, Any]:
     return {"instruction": told, "model": model, "weights": weights, "pixels": 4096, "dtype": "float32"}
 
 
+def as_in_4_45(key: str) -> str:
+    """Return a weight's name as transformers 4.45 had it: the vision tower beside the model, not in it."""
+    return key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+
+RATED = "Quality: <|VQ_reward|>\nMotion: <|MQ_reward|>\nDoes it show {text_prompt}? <|TA_reward|>\n"
+"""An instruction for VideoReward."""
+
+
+def video_reward_folder(folder: Path, split: bool = False) -> dict[str, Any]:
+    """Write VideoReward's folder, weights whole or apart, by PEFT itself: a LoRA on the attention of a Qwen2-VL."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+    from transformers import Qwen2VLForConditionalGeneration
+
+    base = qwen_folder(folder)["model"]
+    generator = torch.Generator().manual_seed(2)
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "qkv"])
+    model = get_peft_model(Qwen2VLForConditionalGeneration.from_pretrained(base), lora)
+    state = {as_in_4_45(key): value for key, value in model.state_dict().items()}
+    for key in state:
+        if ".lora_" in key:
+            state[key] = 0.3 * torch.randn(state[key].shape, generator=generator)
+    state["base_model.model.rm_head.weight"] = 0.2 * torch.randn(3, 32, generator=generator)
+    scales = {"VQ_mean": 0.5, "VQ_std": 2.0, "MQ_mean": -0.25, "MQ_std": 0.5, "TA_mean": 1.0, "TA_std": 4.0}
+    config = {
+        "data_config": {"fps": 2.0, "num_frames": None, "max_frame_pixels": 4096, "sample_type": "uniform"},
+        "model_config": {"use_special_tokens": True, "output_dim": 3, "reward_token": "special"},
+        "peft_lora_config": {"lora_enable": True, "lora_r": 4, "lora_alpha": 6, "use_rslora": False},
+        "inference_config": scales,
+    }
+    root = folder / "VideoReward"
+    for step in (9, 10):
+        (root / f"checkpoint-{step}").mkdir(parents=True)
+    (root / "model_config.json").write_text(json.dumps(config))
+    if split:
+        adapter = {key.replace(".default.", "."): value for key, value in state.items() if ".lora_" in key}
+        save_file(adapter, root / "checkpoint-10" / "adapter_model.safetensors")
+        own = {key: value for key, value in state.items() if "rm_head" in key or "visual.merger" in key}
+        torch.save(own, root / "checkpoint-10" / "non_lora_state_dict.pth")
+    else:
+        torch.save(state, root / "checkpoint-10" / "model.pth")
+    return {"instruction": RATED, "weights": str(root), "model": base, "frame_rate": 2.0, "dtype": "float32"}
+
+
 # How each reward of the registry is built in the common suite
 
 
@@ -490,6 +535,7 @@ CASES: dict[str, Case] = {
     "hpsv2": Case(hps_file),
     "hpsv2_1": Case(hps_file),
     "hpsv3": Case(hpsv3_file),
+    "video_reward": Case(video_reward_folder),
     "geneval": Case(yolos_folder, one_object),
     "social_reward": Case(lambda folder: {**clip_file(folder), "activation": "gelu"}),
     "aesthetic": Case(aesthetic_file),

@@ -39,7 +39,7 @@ BATCH = len(PROMPTS)
 
 #: Rewards that see a video as a whole, not as the mean of its frames.
 WHOLE_VIDEO = {"product", "harmonic_mean", "mean_min", "entropic", "mean_variance", "precision_weighted", "lower_bound"}
-WHOLE_VIDEO |= {"sigmoid", "segmental", "group_rank", "win_rate", "gdpo"}
+WHOLE_VIDEO |= {"sigmoid", "segmental", "group_rank", "win_rate", "gdpo", "video_reward"}
 
 
 @pytest.fixture
