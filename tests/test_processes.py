@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from difftune.algorithm import build_algorithm
 from difftune.checkpoint import checkpoints, load_checkpoint
+from difftune.monitor import Monitor, MonitorAlarm, MonitorConfig
 from difftune.policy import LoraConfig, Policy
 from difftune.processes import Processes, even_shares
 from difftune.reward import FunctionReward, Reward, build_reward
@@ -175,7 +176,16 @@ CASES: dict[str, dict[str, Any]] = {
     "pairs": {"algorithm": "d3po", "method": {"pairs": "all"}},
     "samples": {"algorithm": "nft"},
     "gradient": {"algorithm": "draft", "method": {"loss_scale": 1000.0}},
-    "groupwise": {"reward": "group_rank"},
+    "groupwise": {"reward": {"name": "group_rank", "of": "redness"}},
+    # Scorers that compare samples at several places of a tree, beside one that does not.
+    "tree": {
+        "reward": [
+            {"name": "gdpo", "of": ["redness", {"name": "win_rate", "of": "contrast"}]},
+            {"name": "diversity", "weight": 0.5},
+            {"name": "sigmoid", "of": "redness"},
+        ]
+    },
+    "watched": {"monitor": ["contrast", "clip_score"]},
     "one_sample": {
         "algorithm": "draft",
         "method": {"loss_scale": 1000.0},
@@ -186,11 +196,22 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+def with_redness(spec: Any) -> Any:
+    """Put this file's reward in the places of a tree that name it."""
+    if isinstance(spec, list):
+        return [with_redness(term) for term in spec]
+    if isinstance(spec, dict):
+        return {key: with_redness(value) if key == "of" else value for key, value in spec.items()}
+    return FunctionReward("redness", redness, False) if spec == "redness" else spec
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case == "tree" else []) for case in sorted(CASES)]
+)
 def test_two_processes_take_the_steps_of_one(case: str) -> None:
     settings = dict(CASES[case])
-    if settings.get("reward") == "group_rank":
-        settings["reward"] = build_reward({"name": "group_rank", "of": FunctionReward("redness", redness, False)})
+    if "reward" in settings:
+        settings["reward"] = build_reward(with_redness(settings["reward"]))
     alone, records = run(0, settings)
     (first, log), (second, other) = both(run, settings)
     assert torch.equal(first, second)
@@ -456,6 +477,47 @@ class Failing(Reward):
                 os._exit(9)
             scores[0] = float("nan")
         return scores
+
+
+class Course(Reward):
+    """Scores that follow a course from call to call, with a little of each picture."""
+
+    name = "course"
+
+    def __init__(self, slope: float, start: int = 0) -> None:
+        self.slope, self.start, self.calls = slope, start, 0
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Any) -> torch.Tensor:
+        self.calls += 1
+        return self.slope * max(0, self.calls - self.start) + 0.01 * images.mean((1, 2, 3))
+
+
+def watched(rank: int, out: Path | None) -> tuple[list[int], str, dict[str, Any]]:
+    """Train until the monitored reward, which falls from epoch 5, stops the run; return epochs, alarm and state."""
+    monitor = Monitor(MonitorConfig(rewards=["contrast"], window=2, action="stop"))
+    monitor._watched = {"contrast": Course(-5.0, start=4)}
+    sizes = {"epochs": 9, "prompts_per_epoch": 1, "updates_per_epoch": 1, "sample_every": 0}
+    trainer, done = make(out, reward=Course(1.0), monitor=monitor, **sizes), []
+    try:
+        for metrics in trainer:
+            done.append(metrics.epoch)
+    except MonitorAlarm as alarm:
+        return done, str(alarm), monitor.state_dict()
+    return done, "", monitor.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:monitor")
+def test_the_monitors_of_two_processes_agree_on_the_alarm(tmp_path: Path) -> None:
+    (epochs, alarm, state), other = both(watched, tmp_path)
+    assert (epochs, alarm, state) == other
+    assert 5 <= epochs[-1] < 9 and "go back to epoch" in alarm
+    alone = watched(0, None)
+    assert epochs == alone[0] and alarm == alone[1]
+    assert [json.loads(line)["monitor/alarms"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        *[0.0] * (len(epochs) - 1),
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize(
