@@ -23,6 +23,7 @@ Prompts are data: they are never formatted, evaluated or looked up.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -142,6 +143,39 @@ def conditions_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """Return the prompts' conditions by name, one value per prompt, as :meth:`difftune.Sampler.rollout` takes them."""
     names = prompts[0].conditions if prompts else ()
     return {name: [prompt.conditions[name] for prompt in prompts] for name in names}
+
+
+def identities(prompts: Sequence[Prompt]) -> list[str]:
+    """Return what tells each prompt from the others: its text, and a digest of its conditions where it has any.
+
+    Two prompts of one text over two pictures are two: their samples are not compared with one another.
+    """
+    return [
+        f"{prompt.text} [{_digest(sorted(prompt.conditions.items()))}]" if prompt.conditions else prompt.text
+        for prompt in prompts
+    ]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(_content(value), digest_size=8).hexdigest()
+
+
+def _content(value: Any) -> bytes:
+    """Return the bytes that a condition is: of a picture its content, wherever its file lies."""
+    if isinstance(value, (list, tuple)):
+        return b"".join(_digest(item).encode() for item in value)
+    if isinstance(value, Path):
+        return _content_of_file(value, value.stat().st_mtime_ns)
+    if hasattr(value, "tobytes"):  # a picture of PIL or an array
+        return f"{getattr(value, 'mode', '')}{getattr(value, 'size', '')}".encode() + value.tobytes()
+    if hasattr(value, "numpy"):  # a tensor
+        return value.detach().cpu().float().numpy().tobytes()
+    return repr(value).encode()
+
+
+@functools.lru_cache(maxsize=4096)
+def _content_of_file(path: Path, changed: int) -> bytes:
+    return hashlib.blake2b(path.read_bytes()).digest()
 
 
 def list_prompts() -> list[str]:

@@ -278,20 +278,7 @@ class Sampler:
             self._condition(name, values)
 
     def _condition(self, name: str, values: Any) -> Any:
-        """Return a condition as the pipeline takes it: pictures opened, equal numbers as the one number they are."""
-        if not isinstance(values, (list, tuple)):
-            return values
-        if not values or not all(isinstance(value, (int, float)) for value in values):
-            return [_opened(value, "mask" in name) for value in values]
-        parameter = self._parameters.get(name)
-        if parameter is None or not _takes_one_number(parameter):
-            return values
-        if any(value != values[0] for value in values):
-            raise UserError(
-                f"prompts: {name} is {values[0]} and {next(v for v in values if v != values[0])}, and "
-                f"{type(self.policy.pipe).__name__} takes one for all; give all prompts the same"
-            )
-        return values[0]
+        return as_argument(self.policy.pipe, name, values, self._parameters)
 
     def noisy_steps(self, seed: int, epoch: int) -> tuple[int, ...] | None:
         """Return the steps inside the window in an epoch; ``None`` where there is no window."""
@@ -799,6 +786,33 @@ def _call_parameters(pipe: Any) -> dict[str, inspect.Parameter]:
     parameters = dict(inspect.signature(type(pipe).__call__).parameters)
     parameters.pop("self", None)
     return parameters
+
+
+def as_argument(pipe: Any, name: str, values: Any, parameters: Mapping[str, inspect.Parameter]) -> Any:
+    """Return a condition as a pipeline takes it: pictures opened, equal numbers as the one number they are.
+
+    Args:
+        pipe: the pipeline.
+        name: the argument of its call.
+        values: one per sample; what is no list is returned as it is.
+        parameters: of the pipeline's call.
+
+    Raises:
+        UserError: the pipeline takes one number where the samples differ.
+    """
+    if not isinstance(values, (list, tuple)):
+        return values
+    if not values or not all(isinstance(value, (int, float)) for value in values):
+        return [_opened(value, "mask" in name) for value in values]
+    parameter = parameters.get(name)
+    if parameter is None or not _takes_one_number(parameter):
+        return values
+    if any(value != values[0] for value in values):
+        raise UserError(
+            f"prompts: {name} is {values[0]} and {next(v for v in values if v != values[0])}, and "
+            f"{type(pipe).__name__} takes one for all; give all prompts the same"
+        )
+    return values[0]
 
 
 def _takes_one_number(parameter: inspect.Parameter) -> bool:

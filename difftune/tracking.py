@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftune.prompts import Prompt
+from difftune.prompts import Prompt, conditions_of
+from difftune.quirks import quirk_of
 from difftune.reward import Reward
-from difftune.sampler import keyed_generator, sample_keys, to_images
-from difftune.types import Metrics, RewardOutput
+from difftune.sampler import as_argument, keyed_generator, sample_keys, to_images
+from difftune.types import Metrics, RewardOutput, SampleKey, UserError
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -190,6 +191,7 @@ def draw(
     guidance_scale: float | None = None,
     batch_size: int = 16,
     call: Mapping[str, Any] | None = None,
+    conditions: Mapping[str, Sequence[Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draw one picture per prompt with a stock pipeline: its own call, its own scheduler.
@@ -203,28 +205,72 @@ def draw(
         seed: of the noise.
         steps, guidance_scale: the pipeline's own defaults if ``None``.
         batch_size: pictures per call.
-        call: further arguments of the call.
+        call: further arguments of the call, the same for every picture.
+        conditions: further arguments, one value per picture (:func:`~difftune.prompts.conditions_of`).
         progress: called with (done, total).
 
     Returns:
         Images ``(B, 3, H, W)``, or frames ``(B, F, 3, H, W)``, in [0, 1], fp32, on the CPU.
+
+    Raises:
+        UserError: the pipeline does not take the arguments.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
     wanted = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt"}
     known = {name: value for name, value in wanted.items() if value is not None and name in accepted}
     fixed = {**getattr(pipe, "difftune_call", {}), **known, **(call or {})}
+    conditions = conditions or {}
+    for name in conditions:
+        if name not in accepted and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+            arguments = ", ".join(argument for argument in accepted if argument != "self")
+            raise UserError(f"prompts: {type(pipe).__name__} takes no {name!r}; its arguments are {arguments}")
     keys = sample_keys(prompts, seed, 0)
+    size = min(batch_size, quirk_of(type(pipe).__name__).max_batch or batch_size)
     parts = []
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
-        generators = [keyed_generator(key, "evaluate") for key in keys[rows]]
-        noise = {"generator": generators} if "generator" in accepted else {}
-        with torch.no_grad():
-            out = pipe(prompt=list(prompts[rows]), **noise, **fixed)
-        parts.append(to_images(out, len(prompts[rows])).cpu())
+    for start in range(0, len(prompts), size):
+        rows = slice(start, start + size)
+        given = {name: as_argument(pipe, name, list(values[rows]), accepted) for name, values in conditions.items()}
+        single = {**fixed, **given}
+        if isinstance(single.get("negative_prompt"), str):
+            # Pipelines refuse one negative prompt beside a list of prompts.
+            single["negative_prompt"] = [single["negative_prompt"]] * len(prompts[rows])
+        per_picture = [name for name in (*given, "negative_prompt") if isinstance(single.get(name), list)]
+        listed = {"prompt": list(prompts[rows]), **{name: single.pop(name) for name in dict.fromkeys(per_picture)}}
+        parts.append(_drawn(pipe, listed, single, keys[rows], "generator" in accepted))
         if progress is not None:
-            progress(min(start + batch_size, len(prompts)), len(prompts))
+            progress(min(start + size, len(prompts)), len(prompts))
     return torch.cat(parts)
+
+
+def _drawn(
+    pipe: Any, listed: Mapping[str, list[Any]], single: Mapping[str, Any], keys: Sequence[SampleKey], takes_noise: bool
+) -> Tensor:
+    """Call the pipeline with lists of a value per picture, or picture by picture if it does not take lists."""
+
+    def call(arguments: Mapping[str, Any], generator: Any, count: int) -> Tensor:
+        noise = {"generator": generator} if takes_noise else {}
+        with torch.no_grad():
+            return to_images(pipe(**arguments, **noise, **single), count).cpu()
+
+    def noise_of(key: SampleKey) -> torch.Generator:
+        return keyed_generator(key, "evaluate")
+
+    refusals = (TypeError, ValueError, AttributeError, AssertionError)
+    try:
+        return call(listed, [noise_of(key) for key in keys], len(keys))
+    except refusals as refusal:
+        if isinstance(refusal, UserError):
+            raise
+        try:
+            rows = [{name: values[row] for name, values in listed.items()} for row in range(len(keys))]
+            return torch.cat([call(row, noise_of(key), 1) for row, key in zip(rows, keys, strict=True)])
+        except refusals:
+            # Of the two refusals, the first says what is wrong with the arguments.
+            reason = str(refusal).strip().splitlines()[0] if str(refusal).strip() else type(refusal).__name__
+            raise UserError(
+                f"{type(pipe).__name__} refused the call ({reason}); what it needs beside the text (image, mask_image, "
+                "...) stands in the prompt file"
+            ) from refusal
 
 
 @dataclass(frozen=True)
@@ -301,9 +347,11 @@ def compare(
     """
     texts = [prompt.text for prompt in prompts]
     metadata = [prompt.metadata for prompt in prompts]
+    conditions = conditions_of(prompts)
 
     def run(name: str) -> tuple[Tensor, RewardOutput]:
-        images = draw(pipe, texts, progress=None if progress is None else lambda d, t: progress(name, d, t), **drawing)
+        told = None if progress is None else lambda done, total: progress(name, done, total)
+        images = draw(pipe, texts, conditions=conditions, progress=told, **drawing)
         with torch.no_grad():
             return images, reward(images, texts, metadata)
 

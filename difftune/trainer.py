@@ -34,7 +34,7 @@ from difftune.memory import brought, free_memory, out_of_memory
 from difftune.monitor import Monitor, MonitorAlarm, MonitorConfig
 from difftune.policy import Policy
 from difftune.processes import Processes, even_shares
-from difftune.prompts import Prompt, PromptStream, conditions_of, load_prompts
+from difftune.prompts import Prompt, PromptStream, conditions_of, identities, load_prompts
 from difftune.report import sample_grid, write_report
 from difftune.reward import Reward, build_reward
 from difftune.sampler import Sampler, StepView, keyed_generator, sample_keys
@@ -83,6 +83,7 @@ class _Samples:
     Attributes:
         epoch: the epoch, from 1.
         texts, metadata, keys: the samples' prompts and noise keys, in order.
+        groups: what tells the samples' prompts apart: their texts, and what they are conditioned on.
         conditions: further arguments of the pipeline's call, one value per sample.
         shares: the indices of the samples that each process draws, by rank.
     """
@@ -91,6 +92,7 @@ class _Samples:
     texts: list[str]
     metadata: list[Mapping[str, Any]]
     keys: list[SampleKey]
+    groups: list[str]
     conditions: Mapping[str, list[Any]]
     shares: list[list[int]]
 
@@ -283,7 +285,7 @@ class Trainer:
         prepared = Prepared({})
         if self.algorithm.evidence != "gradient":
             trajectory = self.processes.in_step(self._draw, samples)
-            groups = samples.texts
+            groups = samples.groups
             if self._labelled is None:
                 scores = self._score(trajectory, samples)
             else:
@@ -326,7 +328,7 @@ class Trainer:
             mine = self.processes.together(self._measure, monitor, trajectory, samples)
             found = [part for part in self.processes.gather(mine) if part is not None]
             measured = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-            return monitor.record(samples.epoch, scores.total, samples.texts, measured, kl)
+            return monitor.record(samples.epoch, scores.total, samples.groups, measured, kl)
 
     def _measure(self, monitor: Monitor, trajectory: Trajectory | None, samples: _Samples) -> dict[str, Tensor] | None:
         if trajectory is None:
@@ -361,7 +363,8 @@ class Trainer:
         texts = [row.text for row in rows]
         keys = list(sample_keys(texts, self.config.seed, epoch))
         shares = even_shares(len(rows), self.processes.count)
-        return _Samples(epoch, texts, [row.metadata for row in rows], keys, conditions_of(rows), shares)
+        groups = identities(rows)
+        return _Samples(epoch, texts, [row.metadata for row in rows], keys, groups, conditions_of(rows), shares)
 
     def _draw(self, samples: _Samples) -> Trajectory | None:
         """Draw this process's share; ``None`` if that is empty, since there are more processes than samples."""

@@ -22,11 +22,13 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+import difftune as dt
 from difftune import cli, doctor, tracking
 from difftune import config as cf
 from difftune.checkpoint import checkpoints
 from difftune.cli.interrupts import Interrupts
 from difftune.cli.score import read_picture
+from difftune.prompts import load_prompts
 from difftune.types import Metrics, RewardOutput, UserError
 
 Capture = pytest.CaptureFixture[str]
@@ -680,6 +682,71 @@ def test_drawing_does_not_depend_on_the_batch_and_never_uses_training_noise() ->
     torch.testing.assert_close(whole, single, atol=1e-5, rtol=0)
     assert not torch.equal(whole[0], whole[1])
     assert not torch.equal(whole, tracking.draw(pipe, prompts, steps=3, guidance_scale=2.0, seed=1))
+
+
+class Asked:
+    """A pipeline that takes down what it is called with; ``lists`` says whether it takes several pictures at once."""
+
+    def __init__(self, lists: bool = True) -> None:
+        self.lists, self.calls = lists, list[dict[str, Any]]()
+
+    def __call__(
+        self, prompt: Any, image: Any = None, negative_prompt: Any = None, num_frames: int = 16, generator: Any = None
+    ) -> Any:
+        if isinstance(prompt, list) and not self.lists:
+            raise TypeError("prompt must be a string")
+        count = len(prompt) if isinstance(prompt, list) else 1
+        self.calls.append({"prompt": prompt, "image": image, "negative_prompt": negative_prompt, "frames": num_frames})
+        single = generator if isinstance(generator, torch.Generator) else None
+        draws = [torch.rand(3, 4, 4, generator=single or generator[row]) for row in range(count)]
+        return (torch.stack(draws),)
+
+
+def test_stock_pictures_are_drawn_under_the_prompts_conditions(tmp_path: Path) -> None:
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    given = {"prompt": "a", "num_frames": 4}
+    lines = [{**given, "image": f"{name}.png", "negative_prompt": name} for name in ("red", "blue")]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [*lines, lines[0]])))
+    prompts = load_prompts(tmp_path / "p.jsonl")
+    reward = dt.build_reward("jpeg_compressibility")
+    loaded: list[int] = []
+    pipe = Asked()
+    found = tracking.compare(pipe, lambda: loaded.append(len(pipe.calls)), reward, prompts, batch_size=2)
+    assert loaded == [2] and pipe.calls[:2] == pipe.calls[2:]
+    assert [call["negative_prompt"] for call in pipe.calls[:2]] == [["red", "blue"], ["red"]]
+    assert [call["frames"] for call in pipe.calls] == [4] * 4
+    assert [image.getpixel((0, 0)) for image in pipe.calls[0]["image"]] == [(255, 0, 0), (0, 0, 255)]
+    # One by one, without lists around them, where the pipeline does not take lists: the same noise.
+    one = Asked(lists=False)
+    assert torch.equal(tracking.compare(one, lambda: None, reward, prompts).base, found.base)
+    assert [call["negative_prompt"] for call in one.calls[:3]] == ["red", "blue", "red"]
+    # A negative prompt for all stands beside those of the prompts as a list too, and theirs win.
+    tracking.draw(pipe, ["a", "b"], call={"negative_prompt": "grey"})
+    assert pipe.calls[-1]["negative_prompt"] == ["grey", "grey"]
+    tracking.draw(pipe, ["a", "b"], call={"negative_prompt": "grey"}, conditions={"negative_prompt": ["x", "y"]})
+    assert pipe.calls[-1]["negative_prompt"] == ["x", "y"]
+    with pytest.raises(UserError, match="prompts: Asked takes no 'strength'; its arguments are prompt, image"):
+        tracking.draw(pipe, ["a"], conditions={"strength": [0.5]})
+    with pytest.raises(UserError, match="num_frames is 4 and 8, and Asked takes one for all"):
+        tracking.draw(pipe, ["a", "b"], conditions={"num_frames": [4, 8]})
+
+
+def test_what_a_pipeline_lacks_is_one_line() -> None:
+    class NeedsImage(Asked):
+        def __call__(self, prompt: Any, image: Any, generator: Any = None) -> Any:  # type: ignore[override]
+            return super().__call__(prompt, image, generator=generator)
+
+    with pytest.raises(UserError, match=r"NeedsImage refused the call \(.*'image'.*\); .* stands in the prompt file"):
+        tracking.draw(NeedsImage(), ["a"])
+
+
+def test_generate_passes_conditions_on(run: Path, tmp_path: Path) -> None:
+    for name, negative in (("one", "dog"), ("two", "a star")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "a cat", "negative_prompt": negative}))
+        arguments = ["generate", str(run), "--prompts", str(tmp_path / f"{name}.jsonl"), "--out", str(tmp_path / name)]
+        assert cli.main(arguments) == 0
+    assert (tmp_path / "one/000.png").read_bytes() != (tmp_path / "two/000.png").read_bytes()
 
 
 def test_the_gain_is_in_units_of_the_base() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import pytest
 from PIL import Image
 
 from difftune import prompts as prompts_module
-from difftune.prompts import ANIMALS, Prompt, PromptStream, conditions_of, list_prompts, load_prompts, split_prompts
+from difftune.prompts import (
+    ANIMALS,
+    Prompt,
+    PromptStream,
+    conditions_of,
+    identities,
+    list_prompts,
+    load_prompts,
+    split_prompts,
+)
 from difftune.types import UserError
 from difftune.zoo.world import parse_caption
 
@@ -116,6 +126,26 @@ def test_conditions_come_from_both_formats_alike(tmp_path: Path) -> None:
     table += "x,in/door.png,in/mask.png,0.5,9,dull,a\n"
     assert load_prompts(write(tmp_path, "p.csv", table)) == got
     assert conditions_of(got * 2) == {name: [value] * 2 for name, value in expected.items()}
+
+
+def test_a_prompt_is_its_text_and_what_it_is_conditioned_on(tmp_path: Path) -> None:
+    for name, colour in (("a", "red"), ("b", "blue"), ("copy", "red")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / f"{name}.png")
+
+    def named(**conditions: object) -> str:
+        return identities([Prompt("x", {"m": 1}, conditions)])[0]
+
+    assert identities([Prompt("x"), Prompt("")]) == ["x", ""], "a text alone is itself"
+    one, other, copy = (named(image=tmp_path / f"{name}.png") for name in ("a", "b", "copy"))
+    assert len({"x", one, other}) == 3 and one == copy and one.startswith("x [")
+    assert named(image=[tmp_path / "a.png"]) != one != named(mask_image=tmp_path / "a.png")
+    assert named(negative_prompt="a", num_frames=2) == named(num_frames=2, negative_prompt="a") != named(num_frames=2)
+    red, blue = (Image.open(tmp_path / f"{name}.png") for name in ("a", "b"))
+    assert named(image=red) == named(image=red.copy()) != named(image=blue)
+    # The file's content counts, also after it has changed.
+    red.resize((9, 9)).save(tmp_path / "copy.png")
+    os.utime(tmp_path / "copy.png", ns=(1, 1))
+    assert named(image=tmp_path / "copy.png") != one
 
 
 def test_several_pictures_may_stand_under_one_name(tmp_path: Path) -> None:

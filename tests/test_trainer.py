@@ -36,13 +36,14 @@ def make(out: Path | None = None, kind: str = "sd", reward: Any = None, **settin
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     sampler = Sampler(policy, steps=4, guidance_scale=2.0, eta=ETA[kind], batch_size=8)
     algorithm = {"lr": 1e-2, "normalize": "batch", **settings.pop("algorithm", {})}
+    algorithm = {key: value for key, value in algorithm.items() if value is not None}
     sizes = {"epochs": 3, "prompts_per_epoch": 4, "samples_per_prompt": 2, "micro_batch": 4, "save_every": 1}
     return Trainer(
         policy=policy,
         sampler=sampler,
-        algorithm=build_algorithm("ddpo", **algorithm),
+        algorithm=build_algorithm(settings.pop("name", "ddpo"), **algorithm),
         reward=reward or FunctionReward("redness", redness, True),
-        prompts=PROMPTS,
+        prompts=settings.pop("prompts", PROMPTS),
         out=out,
         **{**sizes, "sample_count": 4, "sample_every": 2, **settings},
     )
@@ -109,6 +110,32 @@ def test_two_runs_with_one_seed_are_byte_equal(tmp_path: Path) -> None:
     other = make(seed=1)
     list(other)
     assert not same(weights(a), weights(other))
+
+
+def test_one_text_under_two_conditions_is_two_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": "a star", "negative_prompt": negative} for negative in ("two dog", "a red cat")]
+    sizes: dict[str, Any] = {"prompts_per_epoch": 2, "samples_per_prompt": 4, "updates_per_epoch": 1, "epochs": 2}
+    running = {"normalize": "prompt", "prompt_min_count": 2}
+    trainer = make(prompts=rows, algorithm=running, **sizes)
+    list(trainer)
+    buffers = trainer.algorithm.state_dict()
+    (found,) = [value for value in buffers.values() if isinstance(value, dict)] or [buffers]
+    assert len(found) == 2 and all(name.startswith("a star [") for name in found)
+    assert [len(values) for values in found.values()] == [8, 8]
+    # No pair has its winner under one condition and its loser under the other.
+    seen: list[Any] = []
+    paired = make(prompts=rows, name="d3po", algorithm={"normalize": None}, **sizes)
+    prepare, samples = paired.algorithm.prepare, paired._plan(1)
+    assert len(set(samples.groups)) == 2 and len(set(samples.texts)) == 1
+
+    def note(groups: Any, rewards: Any) -> Any:
+        prepared = prepare(groups, rewards)
+        seen.extend({groups[i] for i in unit} for unit in prepared.units or [])
+        return prepared
+
+    monkeypatch.setattr(paired.algorithm, "prepare", note)
+    list(paired)
+    assert seen and all(len(unit) == 1 for unit in seen)
 
 
 def test_micro_batches_change_memory_not_results() -> None:

@@ -62,7 +62,11 @@ def model_of(settings: Mapping[str, Any], model: str | None) -> Any:
         return ModelConfig.model_validate({"id": model})
     if "model" not in settings:
         raise UserError("the adapter does not name its base model; give it with --model")
-    return ModelConfig.model_validate(settings["model"])
+    # A kernel is a matter of the machine, which need not be the one that trained.
+    stated = settings["model"]
+    return ModelConfig.model_validate(
+        {key: value for key, value in stated.items() if key != "attention"} if isinstance(stated, Mapping) else stated
+    )
 
 
 def asked_prompts(prompt: list[str] | None, prompts: str | None, settings: Mapping[str, Any]) -> list[Prompt]:

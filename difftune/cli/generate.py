@@ -32,6 +32,7 @@ def generate(
     """Draw pictures with an adapter in the stock pipeline, and a grid of them."""
     from difftune.config import SamplerConfig, load_model, pick_device
     from difftune.export import load_adapter
+    from difftune.prompts import conditions_of
     from difftune.report import sample_grid
     from difftune.tracking import draw
 
@@ -40,8 +41,9 @@ def generate(
     sampler = SamplerConfig.model_validate(settings.get("sampler") or {})
     trained = "sampler" in settings
     # Eight of the run's own prompts are enough to look at.
-    texts = [entry.text for entry in asked_prompts(prompt, prompts, settings)][: None if prompt or prompts else 8]
-    texts = [text for text in texts for _ in range(number)]
+    asked = asked_prompts(prompt, prompts, settings)[: None if prompt or prompts else 8]
+    entries = [entry for entry in asked for _ in range(number)]
+    texts = [entry.text for entry in entries]
     pipe = load_model(model_of(settings, model)).to(pick_device(device))
     drawing: dict[str, Any] = {
         "seed": seed,
@@ -49,6 +51,7 @@ def generate(
         "guidance_scale": sampler.guidance_scale if guidance is None else guidance,
         "batch_size": sampler.batch_size,
         "call": call_of(sampler),
+        "conditions": conditions_of(entries),
     }
     base = draw(pipe, texts, **drawing) if compare else None
     load_adapter(pipe, source)
