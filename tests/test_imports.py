@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Upper lines may import lower ones. Modules on one line are peers and do not import each other.
 # A folder (zoo) is one entry: its modules may import each other. The longest entry that fits a module counts.
 ORDER: list[list[str]] = [
-    ["bench", "results", "zoo.build", "__main__"],  # commands of their own, run with python -m
+    ["bench", "performance", "results", "zoo.build", "__main__"],  # commands of their own, run with python -m
     ["cli"],
     ["doctor"],  # looks at a configuration before a run
     ["config"],
