@@ -55,6 +55,7 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m difftune.bench
+	$(BIN)/python -m difftune.bench --tensors 10 50
 
 results: $(STAMP)
 	$(BIN)/python -m difftune.results

@@ -3,7 +3,8 @@
 Time: a whole epoch (rollout, decode, score, update) over the bare denoiser calls that this epoch makes, the same
 tensors forward, and forward and backward, with nothing around them. Both are measured in turn in one process, and the
 medians are compared, so that a machine whose speed drifts does not matter. Memory: the peak of a process that trains
-one epoch, against the number of steps, each in a process of its own.
+one epoch, against the number of steps, each in a process of its own; and, free of what the process holds anyway, the
+peak of all tensors that are alive at once (``--tensors``).
 """
 
 from __future__ import annotations
@@ -15,15 +16,24 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from difftune.algorithm import build_algorithm
 from difftune.policy import LoraConfig, Policy, load_pipeline
 from difftune.sampler import Sampler
 from difftune.trainer import Trainer
+
+METHODS: dict[str, tuple[dict[str, Any], str]] = {
+    "ddpo": ({"normalize": "batch"}, "jpeg_compressibility"),
+    "rdp": ({}, "jpeg_compressibility"),
+    "alignprop": ({"truncation": "fixed", "truncation_steps": 1}, "jpeg_proxy"),
+}
+"""Algorithms whose memory is measured, their settings and rewards."""
 
 PROMPTS = ["", "two stars", "a red circle", "a dotted background"]
 
@@ -119,12 +129,64 @@ def peak_memory(model: str, steps: int) -> float:
     return float(out.strip().splitlines()[-1])
 
 
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors that are created while it is on and alive at once: ``peak`` is the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive = 0
+        self._views: dict[Any, bool] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and take down the memory that its results own."""
+        out = func(*args, **(kwargs or {}))
+        if func not in self._views:
+            self._views[func] = any(returned.alias_info is not None for returned in func._schema.returns)
+        if not self._views[func]:
+            for value in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(value, Tensor):
+                    self._add(value.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._alive += size
+        self.peak = max(self.peak, self._alive)
+        weakref.finalize(storage, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self._alive -= size
+
+
+def peak_tensors(method: str, model: str, steps: int, samples: int = 2) -> float:
+    """Return the most MiB of tensors alive at once, the model's own not counted, while an epoch is trained."""
+    settings, reward = METHODS[method]
+    policy = Policy(load_pipeline(model), LoraConfig(rank=8))
+    eta = 1.0 if model.endswith("sd") else 0.7
+    trainer = Trainer(
+        policy=policy,
+        sampler=Sampler(policy, steps=steps, guidance_scale=1.0, eta=eta, batch_size=samples),
+        algorithm=build_algorithm(method, **settings),
+        reward=reward,
+        prompts=PROMPTS,
+        prompts_per_epoch=samples // 2,
+        samples_per_prompt=2,
+        updates_per_epoch=1,
+        micro_batch=samples,
+    )
+    with LiveTensors() as live:
+        next(iter(trainer))
+    return live.peak / 2**20
+
+
 def main() -> None:
     """Print the figures as a table, and as JSON with ``--json``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", action="append", help="default: difftune/tiny-sd and difftune/tiny-flow")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-steps", type=int, nargs="*", default=[5, 10, 20, 40])
+    parser.add_argument("--tensors", type=int, nargs="+", default=None, metavar="STEPS", help="live tensors alone")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one-epoch", type=int, default=None, help=argparse.SUPPRESS)
@@ -136,6 +198,12 @@ def main() -> None:
     if options.one_epoch is not None:
         next(iter(build(models[0], options.one_epoch)))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    if options.tensors:
+        for model in models:
+            for method in METHODS:
+                peaks = {steps: peak_tensors(method, model, steps) for steps in options.tensors}
+                print(f"{model}, {method}, MiB by steps: " + ", ".join(f"{k}: {v:.2f}" for k, v in peaks.items()))
         return
     results = []
     for model in models:
