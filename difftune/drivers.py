@@ -85,7 +85,13 @@ class PointView:
 
 
 class Driver:
-    """Common ground of the drivers: native timesteps, denoiser run without gradients; subclasses give ``step``."""
+    """Common ground of the drivers: native timesteps, denoiser run without gradients; subclasses give ``step``.
+
+    Attributes:
+        outlived: whether the denoiser's graphs are used after their step.
+    """
+
+    outlived = False
 
     def timesteps(self, scheduler: Any) -> None:
         """Keep the pipeline's own timesteps."""
@@ -127,7 +133,8 @@ class Recorder(Driver):
             self._gaussians.pop(number - 1, None)
         if noisy:
             self._gaussians[number] = gaussian
-        self._samples.append(sample)
+        # A copy: some pipelines write the step's outcome over the sample.
+        self._samples.append(sample.clone())
         self.outs.append(following)
         # The log-prob of the *rounded* sample: that is the one the replay will see.
         log_prob = gaussian.log_prob(following) if noisy else sample.new_zeros(len(sample), dtype=torch.float32)
@@ -395,6 +402,8 @@ class Backpropagator(Driver):
         grad_steps: the steps whose denoiser call is differentiated.
         stop: end at this step, with the clean sample that it predicts; ``None`` runs to the end.
     """
+
+    outlived = True
 
     def __init__(self, take_step: TakeStep, grad_steps: frozenset[int], stop: int | None) -> None:
         self._take_step = take_step

@@ -563,7 +563,8 @@ def _puppet_class(native: type) -> type:
             raise RuntimeError("a puppet steps only inside a sampler's call")
         state.entered = True
         prediction = _predict(self, given)
-        following = _unfold(state, state.driver.step(prediction))
+        # A copy, since pipelines write into their latents; and in one layout, since kernels round by strides.
+        following = _unfold(state, state.driver.step(prediction)).clone(memory_format=torch.contiguous_format)
         _advance(self)
         x0 = _unfold(state, prediction.x0.to(following.dtype))
         if not given.get("return_dict", True):
@@ -678,10 +679,6 @@ def _predict(scheduler: Any, given: Mapping[str, Any]) -> Prediction:
     sample, output = _fold(state, sample), _fold(state, output)
     x, out = tr.working(sample), state.grid.oriented(scheduler, tr.working(output))
     x0, noise = state.grid.split(scheduler, out, x, now)
-    if given.get("pred_original_sample") is not None:
-        # Cosmos preconditions the output itself, guides x0 and hands it over.
-        x0 = tr.working(_fold(state, given["pred_original_sample"]))
-        noise = (x - now.alpha * x0) / now.sigma
     if state.dynamics == "lcm":
         x0 = state.grid.denoised(scheduler, x0, x, out, now, timestep)
     below = state.grid.levels(scheduler, float(scheduler.timesteps[0]), 0)[1] if state.grid.family == "flow" else nxt
