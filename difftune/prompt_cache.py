@@ -130,7 +130,7 @@ class PromptCache:
         rows = []
         for i in range(count):
             key = (rest, tuple((name, arguments[name][i]) for name in listed))
-            one = {**arguments, **{name: [arguments[name][i]] for name in listed}}
+            one = _chosen(arguments, listed, [i])
             rows.append(self._rows.get(key, functools.partial(call, one)))
         try:
             return _merge(rows, layout)
@@ -141,10 +141,16 @@ class PromptCache:
 
     def _layout(self, call: Any, arguments: dict[str, Any], listed: list[str], rest: _Key) -> Any:
         if rest not in self._layouts:
-            one = call({**arguments, **{name: arguments[name][:1] for name in listed}})
-            two = call({**arguments, **{name: arguments[name][:1] * 2 for name in listed}})
+            one = call(_chosen(arguments, listed, [0]))
+            two = call(_chosen(arguments, listed, [0, 0]))
             self._layouts[rest] = _compare(one, two)
         return self._layouts[rest]
+
+
+def _chosen(arguments: dict[str, Any], listed: list[str], rows: list[int]) -> dict[str, Any]:
+    """Return the arguments of chosen rows, with the number of prompts that some encoders want beside them."""
+    counted = {"batch_size": len(rows)} if arguments.get("batch_size") == len(arguments["prompt"]) else {}
+    return {**arguments, **counted, **{name: [arguments[name][row] for row in rows] for name in listed}}
 
 
 class _RaggedError(Exception):
