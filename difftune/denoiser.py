@@ -52,6 +52,8 @@ class Tap:
         decide: Callable[[], Action],
         checkpointing: bool = False,
         around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        *,
+        outlived: bool = False,
     ) -> Iterator[Tap]:
         """Tap the modules for the time of the block.
 
@@ -59,11 +61,13 @@ class Tap:
             decide: asked before each forward pass.
             checkpointing: recompute the passes with gradients in the backward pass.
             around: what a pass that is run runs in.
+            outlived: whether graphs are used after their step. Their passes then get copies of what they are given,
+                since some pipelines write the next sample over it (Kandinsky 5).
         """
         originals: list[tuple[nn.Module, bool, Any]] = []
         for name, module in self._modules.items():
             originals.append((module, "forward" in vars(module), module.forward))
-            module.forward = self._tapped(name, module.forward, decide, checkpointing, around)
+            module.forward = self._tapped(name, module.forward, decide, checkpointing, around, outlived)
         try:
             yield self
         finally:
@@ -80,6 +84,7 @@ class Tap:
         decide: Callable[[], Action],
         checkpointing: bool,
         around: Callable[[], contextlib.AbstractContextManager[Any]],
+        outlived: bool,
     ) -> Callable[..., Any]:
         def tapped(*args: Any, **kwargs: Any) -> Any:
             if torch.is_inference_mode_enabled():
@@ -94,6 +99,8 @@ class Tap:
             self.rows += 1 if sample is None else len(sample)
             if action == "grad":
                 torch.set_grad_enabled(True)
+                if outlived:
+                    args, kwargs = _copied(args), _copied(kwargs)
                 with around():
                     if checkpointing:
                         out = checkpoint(forward, *args, use_reentrant=False, **kwargs)
@@ -118,6 +125,15 @@ def _first_tensor(value: Any) -> Tensor | None:
         if found is not None:
             return found
     return None
+
+
+def _copied(value: Any) -> Any:
+    """Return arguments with copies of the tensors in them."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def _lengths(value: Any) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ from difftune.prompt_cache import PromptCache
 from difftune.prompts import PICTURES
 from difftune.puppet import Prediction, make_puppet
 from difftune.quirks import quirk_of
-from difftune.transition import Gaussian, Level
+from difftune.transition import Gaussian, Level, working
 from difftune.types import NonFiniteError, ParityError, SampleKey, Trajectory, UserError
 from difftune.window import Window, resolve_window
 
@@ -139,11 +139,11 @@ class Sampler:
             "height": height,
             "width": width,
             "negative_prompt": negative_prompt,
-            **(call or {}),
         }
         # An embedded model may need arguments of its own; what the user says wins.
         own = getattr(policy.pipe, "difftune_call", {})
-        self._fixed = {**own, **{name: value for name, value in wanted.items() if value is not None}}
+        set_here = {name: value for name, value in wanted.items() if value is not None}
+        self._fixed = {**own, **set_here, **(call or {})}
         for name in self._fixed:
             if name not in self._parameters and not self._takes_anything():
                 raise UserError(
@@ -561,7 +561,7 @@ class Sampler:
                     stack.enter_context(torch.autocast(self.policy.device.type, self.autocast))
                 stack.enter_context(self._cache.open())
                 stack.enter_context(draws)
-                stack.enter_context(self._tap.open(decide, checkpointing, around=draws.paused))
+                stack.enter_context(self._tap.open(decide, checkpointing, draws.paused, outlived=driver.outlived))
                 for owner, name in self._seats:
                     vars(owner)[name] = self._puppet
                 return self._call(driver, keys, arguments, conditions)
@@ -614,9 +614,9 @@ class Sampler:
             except LoopLeft:
                 self._form = form
                 raise
-            except (TypeError, ValueError, AttributeError, AssertionError) as error:
+            except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
                 begun = state.entered or self._tap.calls > calls
-                if begun or isinstance(error, UserError) or "output_type" in str(error):
+                if begun or isinstance(error, (UserError, torch.OutOfMemoryError)) or "output_type" in str(error):
                     raise
                 failure = failure or error
             else:
@@ -706,11 +706,13 @@ class Sampler:
                 raise
             raise ParityError(self._about_momentum()) from None
         norms = {name: 0.0 if p.grad is None else float(p.grad.norm()) for name, p in params.items()}
+        # By identity: a ControlNet may hold some of the denoiser's own layers (Z-Image).
+        own = {id(parameter) for parameter in params.values()}
         strays = [
             f"{component}.{name}"
             for component, module in pipeline_modules(self.policy.pipe).items()
             for name, p in module.named_parameters()
-            if p.grad is not None and f"{component}.{name}" not in params
+            if p.grad is not None and id(p) not in own
         ]
         for parameter in params.values():
             parameter.grad = None
@@ -870,7 +872,7 @@ _OUTPUTS = {
 
 
 def to_images(out: Any, batch: int) -> Tensor:
-    """Turn a pipeline's output into images ``(B, 3, H, W)`` or frames ``(B, F, 3, H, W)``, fp32 in [0, 1].
+    """Turn a pipeline's output into images ``(B, 3, H, W)`` or frames ``(B, F, 3, H, W)``, fp32 or fp64 in [0, 1].
 
     Tensors keep their graph. Understands the output classes of diffusers (``images``, ``frames``), tuples, numpy
     arrays ``(B, H, W, 3)`` and lists of PIL images. What is no picture comes as it is: audio ``(B, channels,
@@ -895,7 +897,7 @@ def to_images(out: Any, batch: int) -> Tensor:
         raise UserError(f"the pipeline returned a tensor of shape {tuple(value.shape)} for {batch} prompts")
     if picture and value.ndim == 5 and value.shape[1] in (1, 3) and value.shape[2] not in (1, 3):
         value = value.movedim(1, 2)
-    return value.float().clamp(0, 1) if picture else value.float()
+    return working(value).clamp(0, 1) if picture else working(value)
 
 
 def _pil_arrays(value: Any) -> np.ndarray | None:
