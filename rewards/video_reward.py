@@ -80,7 +80,8 @@ class VideoReward(Reward):
         config = read_config(self.name, folder)
         state = merged(self.name, checkpoint_state(self.name, folder, model, revision), config["peft_lora_config"])
         self.judge = Judge(self.name, model, revision, dtype, _without_head(self.name, state), TOKENS)
-        self.head = nn.Linear(*reversed(state["rm_head.weight"].shape), bias=False).eval().requires_grad_(False)
+        rows, columns = state["rm_head.weight"].shape
+        self.head = nn.Linear(columns, rows, bias=False).eval().requires_grad_(False)
         self.head.weight.copy_(state["rm_head.weight"].float())
         data = config["data_config"]
         self.judge.resize_to(int(data["max_frame_pixels"]), min(LEAST_FRAME_PIXELS, int(data["max_frame_pixels"])))

@@ -496,7 +496,7 @@ def watched(rank: int, out: Path | None) -> tuple[list[int], str, dict[str, Any]
     """Train until the monitored reward, which falls from epoch 5, stops the run; return epochs, alarm and state."""
     monitor = Monitor(MonitorConfig(rewards=["contrast"], window=2, action="stop"))
     monitor._watched = {"contrast": Course(-5.0, start=4)}
-    sizes = {"epochs": 9, "prompts_per_epoch": 1, "updates_per_epoch": 1, "sample_every": 0}
+    sizes: dict[str, Any] = {"epochs": 9, "prompts_per_epoch": 1, "updates_per_epoch": 1, "sample_every": 0}
     trainer, done = make(out, reward=Course(1.0), monitor=monitor, **sizes), []
     try:
         for metrics in trainer:

@@ -204,7 +204,7 @@ def test_video_reward_is_the_head_on_a_model_with_its_adapter(tmp_path: Path, sp
     out = build_reward("video_reward", **settings)(films(), ["a cat", "a <|TA_reward|> dog"])
     # The same by PEFT's own forward, the processor of pictures for every two equal frames, and the sheet's formula.
     lora = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "qkv"])
-    model = get_peft_model(Qwen2VLForConditionalGeneration.from_pretrained(settings["model"]), lora).eval()
+    model: Any = get_peft_model(Qwen2VLForConditionalGeneration.from_pretrained(settings["model"]), lora).eval()
     checkpoint = Path(settings["weights"]) / "checkpoint-10"
     if split:
         stored = torch.load(checkpoint / "non_lora_state_dict.pth")
