@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -26,6 +27,7 @@ import difftune as dt
 from difftune import cli, doctor, tracking
 from difftune import config as cf
 from difftune.checkpoint import checkpoints
+from difftune.cli.adapters import model_of
 from difftune.cli.interrupts import Interrupts
 from difftune.cli.score import read_picture
 from difftune.prompts import load_prompts
@@ -358,6 +360,15 @@ def test_generate_draws_base_beside_tuned(run: Path, tmp_path: Path, capsys: Cap
 def test_generate_uses_the_runs_prompts_when_none_are_given(run: Path, tmp_path: Path, capsys: Capture) -> None:
     assert cli.main(["generate", str(run / "adapter"), "--out", str(tmp_path / "own")]) == 0
     assert "2 pictures in" in capsys.readouterr().out  # the two that were held out
+
+
+def test_the_kernel_of_the_machine_that_trained_is_not_asked_for() -> None:
+    stated = {"model": {"id": "a/b", "attention": "flash", "vae_tiling": True, "quantize": "bnb-4bit"}}
+    model = model_of(stated, None)
+    assert (model.attention, model.vae_tiling, model.quantize) == ("auto", True, "bnb-4bit")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(UserError, match="model.quantize: bnb-4bit needs bitsandbytes, which is not installed"):
+            cf.load_model(model)
 
 
 def test_generate_asks_for_what_a_file_does_not_say(run: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -181,8 +181,9 @@ def load_model(model: ModelConfig) -> Any:
     """Load the pipeline, without its safety checker: that one blackens pictures, and a reward would score the black.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or not in this way on this machine.
     """
+    require_model_settings(model, pick_device())
     pipe = load_pipeline(
         str(Path(model.id).expanduser()) if model.id.startswith("~") else model.id,
         dtype=model.dtype,
