@@ -515,9 +515,8 @@ def _() -> Any:
 @case(
     "SanaSprintImg2ImgPipeline",
     family="Sana",
-    call={**SANA, "strength": 0.8, "intermediate_timesteps": None},
+    call={**SANA, "strength": 1.0, "intermediate_timesteps": None},
     conditions=given(size=32),
-    steps=4,
 )
 def _() -> Any:
     config = {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
@@ -571,7 +570,7 @@ def _() -> Any:
         llama_layers=(0, 1),
         force_inference_output=True,
     )
-    return assemble(
+    pipe = assemble(
         df.HiDreamImagePipeline,
         scheduler=flow(),
         vae=kl(shift_factor=0.0),
@@ -585,6 +584,8 @@ def _() -> Any:
         tokenizer_4=letters(),
         transformer=transformer,
     )
+    pipe.default_sample_size = 8  # whatever size is asked for becomes as many pixels as this
+    return pipe
 
 
 @case("HunyuanImagePipeline", family="HunyuanImage", call=SIZE, batch=1)
@@ -613,7 +614,7 @@ def _() -> Any:
         text_embed_2_dim=16,
         rope_axes_dim=(4, 4),
     )
-    return assemble(
+    pipe = assemble(
         df.HunyuanImagePipeline,
         scheduler=flow(shift=7.0),
         vae=vae,
@@ -622,23 +623,32 @@ def _() -> Any:
         text_encoder_2=t5(),
         tokenizer_2=letters(),
         transformer=transformer,
-        guider=guider(df.guiders.ClassifierFreeGuidance),
-        ocr_guider=guider(df.guiders.ClassifierFreeGuidance),
+        guider=df.guiders.ClassifierFreeGuidance(guidance_scale=3.0),
+        ocr_guider=df.guiders.ClassifierFreeGuidance(guidance_scale=3.0),
     )
+    return short(pipe)
 
 
-def guider(cls: Any) -> Any:
-    return cls(guidance_scale=3.0)
+def short(pipe: Any) -> Any:
+    """Let the pipeline pad its prompts to few tokens in place of a thousand."""
+    pipe.tokenizer_max_length = pipe.tokenizer_2_max_length = 16
+    return pipe
 
 
 @case("Kandinsky5T2IPipeline", family="Kandinsky 5", call=SIZE)
 def _() -> Any:
-    return kandinsky5("Kandinsky5T2IPipeline")
+    return small(kandinsky5("Kandinsky5T2IPipeline"))
 
 
 @case("Kandinsky5I2IPipeline", family="Kandinsky 5", call=SIZE, conditions=given())
 def _() -> Any:
-    return kandinsky5("Kandinsky5I2IPipeline", visual_cond=True)
+    return small(kandinsky5("Kandinsky5I2IPipeline", visual_cond=True))
+
+
+def small(pipe: Any) -> Any:
+    """Let the pipeline draw small pictures: every size becomes one of its list."""
+    pipe.resolutions = [(32, 32)]
+    return pipe
 
 
 def kandinsky5(cls: str, visual_cond: bool = False, **parts: Any) -> Any:
@@ -660,7 +670,9 @@ def kandinsky5(cls: str, visual_cond: bool = False, **parts: Any) -> Any:
         getattr(df, cls),
         **{
             "transformer": transformer,
-            "vae": kl(shift_factor=0.0),
+            # Sizes are divided by 8 whatever the autoencoder does.
+            "vae": make(df.AutoencoderKL, latent_channels=4, block_out_channels=(8,) * 4, norm_num_groups=4,
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
             "text_encoder": language("Qwen2ForCausalLM", "Qwen2Config"),
             "tokenizer": letters(1024),
             "text_encoder_2": clip(length=77),
@@ -671,25 +683,33 @@ def kandinsky5(cls: str, visual_cond: bool = False, **parts: Any) -> Any:
     )
 
 
-@case("PRXPipeline", family="PRX", call={**SIZE, "use_resolution_binning": False})
+@case("PRXPipeline", family="PRX", call={**SIZE, "use_resolution_binning": False}, batch=1)
 def _() -> Any:
+    return prx("PRXPipeline", vae=kl(shift_factor=0.0), default_sample_size=8)
+
+
+@case("PRXPixelPipeline", family="PRX", call={**SIZE, "use_resolution_binning": False}, batch=1)
+def _() -> Any:
+    return prx("PRXPixelPipeline", 3, prompt_max_tokens=16)
+
+
+def prx(cls: str, channels: int = 4, **parts: Any) -> Any:
     transformer = make(
         df.PRXTransformer2DModel,
-        in_channels=4,
-        patch_size=1,
+        in_channels=channels,
+        patch_size=2,
         context_in_dim=16,
         hidden_size=16,
         num_heads=2,
         depth=1,
         axes_dim=[4, 4],
     )
-    without_ftfy(df.PRXPipeline)
+    without_ftfy(getattr(df, cls))
     return assemble(
-        df.PRXPipeline,
+        getattr(df, cls),
         transformer=transformer,
         scheduler=flow(),
         text_encoder=t5(),
         tokenizer=letters(),
-        vae=kl(shift_factor=0.0),
-        default_sample_size=8,
+        **parts,
     )

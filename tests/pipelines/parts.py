@@ -63,6 +63,16 @@ def case(name: str, family: str, **settings: Any) -> Callable[[Callable[[], Any]
     return register
 
 
+def exported() -> list[str]:
+    """The names of the pipeline classes that diffusers exports, but for those of other runtimes and interfaces.
+
+    Left out are ONNX pipelines, modular pipelines (another interface) and base classes.
+    """
+    names = [name for name in dir(df) if "Pipeline" in name and "Output" not in name and "Blocks" not in name]
+    others = ("Onnx", "StableDiffusionOnnx", "DiffusionPipeline", "ModularPipeline", "PipelineQuantization", "Flax")
+    return [name for name in names if not name.startswith(others) and not name.endswith("ModularPipeline")]
+
+
 def pictures(count: int, size: int = 16, mode: str = "RGB") -> list[Image.Image]:
     """Different random pictures."""
     rng = np.random.default_rng(0)
@@ -277,3 +287,10 @@ INPAINT = given(mask_image=masks)
 def without_ftfy(cls: Any) -> None:
     """Let a pipeline that cleans prompts by ftfy, without asking whether it is installed, do without."""
     vars(sys.modules[cls.__module__]).setdefault("ftfy", SimpleNamespace(fix_text=lambda text: text))
+
+
+def without_torchvision(cls: Any) -> None:
+    """Let a model that resizes a mask by torchvision, to the nearest pixels, do without."""
+    functional = SimpleNamespace(resize=lambda mask, size, interpolation: nn.functional.interpolate(mask, size))
+    transforms = SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+    vars(sys.modules[cls.__module__]).setdefault("transforms", transforms)

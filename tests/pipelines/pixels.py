@@ -38,6 +38,13 @@ def _() -> Any:
     return assemble(df.DDIMPipeline, unet=unconditional(), scheduler=df.DDIMScheduler())
 
 
+@case("LDMPipeline", family="Unconditional")
+def _() -> Any:
+    vqvae = make(df.VQModel, block_out_channels=[8, 16], down_block_types=["DownEncoderBlock2D"] * 2,
+                 up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=3, norm_num_groups=4)  # fmt: skip
+    return assemble(df.LDMPipeline, vqvae=vqvae, unet=unconditional(), scheduler=df.DDIMScheduler())
+
+
 @case("ConsistencyModelPipeline", family="Unconditional")
 def _() -> Any:
     return assemble(
@@ -67,9 +74,23 @@ def _() -> Any:
 @case("IFSuperResolutionPipeline", family="DeepFloyd IF", call={"clean_caption": False, "height": 8, "width": 8},
       conditions=given(size=8))  # fmt: skip
 def _() -> Any:
-    return deepfloyd(
-        "IFSuperResolutionPipeline", 6, class_embed_type="timestep", image_noising_scheduler=df.DDPMScheduler()
-    )
+    return superresolution("IFSuperResolutionPipeline")
+
+
+@case("IFImg2ImgSuperResolutionPipeline", family="DeepFloyd IF", call={"clean_caption": False, "strength": 0.8},
+      conditions=given(size=8, original_image=lambda count: pictures(count, 16)), steps=5)  # fmt: skip
+def _() -> Any:
+    return superresolution("IFImg2ImgSuperResolutionPipeline")
+
+
+@case("IFInpaintingSuperResolutionPipeline", family="DeepFloyd IF", call={"clean_caption": False, "strength": 0.8},
+      conditions=given(size=8, original_image=pictures, mask_image=masks), steps=5)  # fmt: skip
+def _() -> Any:
+    return superresolution("IFInpaintingSuperResolutionPipeline")
+
+
+def superresolution(cls: str) -> Any:
+    return deepfloyd(cls, 6, class_embed_type="timestep", image_noising_scheduler=df.DDPMScheduler())
 
 
 def deepfloyd(cls: str, channels: int = 3, class_embed_type: str | None = None, **parts: Any) -> Any:

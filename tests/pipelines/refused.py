@@ -1,53 +1,39 @@
-"""Classes that cannot be trained."""
+"""Classes that cannot be trained, and what the sampler says of them."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import diffusers as df
 import tiny
 
-from pipelines.parts import case
+from difftune.quirks import QUIRKS, quirk_of
+from pipelines.parts import case, exported
+
+#: Classes that are refused for their scheduler.
+SCHEDULERS: dict[str, Any] = {
+    "ShapEPipeline": df.HeunDiscreteScheduler,
+    "ShapEImg2ImgPipeline": df.HeunDiscreteScheduler,
+    "KarrasVePipeline": df.KarrasVeScheduler,
+    "RePaintPipeline": df.RePaintScheduler,
+    "ScoreSdeVePipeline": df.ScoreSdeVeScheduler,
+    "VQDiffusionPipeline": functools.partial(df.VQDiffusionScheduler, num_vec_classes=8),
+}
 
 
-@case("LTX2Pipeline", family="LTX", refused="steps copies of its scheduler")
-def _() -> Any:
-    return refused("LTX2Pipeline")
-
-
-@case("SkyReelsV2DiffusionForcingPipeline", family="SkyReels", refused="steps copies of its scheduler")
-def _() -> Any:
-    return refused("SkyReelsV2DiffusionForcingPipeline")
-
-
-@case("HeliosPipeline", family="Helios", refused="growing stages of latents")
-def _() -> Any:
-    return refused("HeliosPipeline")
-
-
-@case("ShapEPipeline", family="Shap-E", refused="scheduler HeunDiscreteScheduler: its steps are not single Gaussian")
-def _() -> Any:
-    return refused("ShapEPipeline", df.HeunDiscreteScheduler())
-
-
-@case("StableDiffusionAttendAndExcitePipeline", family="Stable Diffusion", refused="along gradients of the denoiser")
-def _() -> Any:
-    return refused("StableDiffusionAttendAndExcitePipeline")
-
-
-@case("StableDiffusionPanoramaPipeline", family="Stable Diffusion", refused="steps copies of its scheduler")
-def _() -> Any:
-    return refused("StableDiffusionPanoramaPipeline")
-
-
-@case("LLaDA2Pipeline", family="LLaDA", refused="samples discrete tokens")
-def _() -> Any:
-    return refused("LLaDA2Pipeline")
-
-
-def refused(name: str, scheduler: Any = None) -> Any:
-    """A stand-in by the class's name: refusals look at the class and the scheduler, before anything runs."""
-    pipe = type(name, (tiny.sd_pipeline().__class__,), {})(**tiny.sd_pipeline().components)
+def stand_in(name: str, scheduler: Any = None) -> Any:
+    """A pipeline by the class's name: refusals look at the class and the scheduler, before anything runs."""
+    base = tiny.sd_pipeline()
+    pipe = type(name, (type(base),), {})(**base.components)
     if scheduler is not None:
-        pipe.scheduler = scheduler
+        pipe.scheduler = scheduler()
     return pipe
+
+
+for name in exported():
+    if reason := quirk_of(name).refuse:
+        key = max((key for key in QUIRKS if name.startswith(key)), key=len)
+        case(name, family=key, refused=reason)(functools.partial(stand_in, name))
+for name, scheduler in SCHEDULERS.items():
+    case(name, family=name, refused="its steps are not single Gaussian")(functools.partial(stand_in, name, scheduler))

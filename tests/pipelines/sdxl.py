@@ -14,6 +14,7 @@ from pipelines.parts import (
     SIZE,
     VOCAB,
     adapter,
+    alive,
     case,
     clip,
     control,
@@ -193,6 +194,13 @@ def _() -> Any:
 )
 def _() -> Any:
     return sdxl("StableDiffusionXLControlNetUnionInpaintPipeline", unet=unet(**UNION_UNET), controlnet=union())
+
+
+@case("StableDiffusionXLControlNetXSPipeline", **SDXL, conditions=given())
+def _() -> Any:
+    net = unet(**{**ADDED, "layers_per_block": 2})
+    adapter = df.ControlNetXSAdapter.from_unet(net, size_ratio=1, conditioning_embedding_out_channels=(2, 2))
+    return sdxl("StableDiffusionXLControlNetXSPipeline", unet=net, controlnet=alive(adapter))
 
 
 @case("AnimateDiffSDXLPipeline", family="AnimateDiff", call={**SIZE, "num_frames": 2})

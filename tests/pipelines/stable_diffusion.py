@@ -247,6 +247,16 @@ def _() -> Any:
     return sd("StableDiffusionControlNetXSPipeline", unet=net, controlnet=alive(adapter))
 
 
+@case("StableDiffusionPipelineSafe", **SD, call=SIZE)
+def _() -> Any:
+    return sd("StableDiffusionPipelineSafe")
+
+
+@case("StableDiffusionModelEditingPipeline", **SD, call=SIZE)
+def _() -> Any:
+    return sd("StableDiffusionModelEditingPipeline")
+
+
 @case("LDMTextToImagePipeline", **SD, call=SIZE)
 def _() -> Any:
     return sd("LDMTextToImagePipeline", vqvae=kl(), bert=clip(length=77), tokenizer=tiny.tokenizer(77))

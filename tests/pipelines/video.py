@@ -8,7 +8,7 @@ import diffusers as df
 import tiny
 import transformers as tf
 
-from pipelines.images import kandinsky5
+from pipelines.images import kandinsky5, short
 from pipelines.parts import (
     SIZE,
     VOCAB,
@@ -27,6 +27,7 @@ from pipelines.parts import (
     t5,
     vision,
     without_ftfy,
+    without_torchvision,
 )
 from pipelines.stable_diffusion import sd
 
@@ -99,6 +100,13 @@ def _() -> Any:
 )
 def _() -> Any:
     return wan("WanVideoToVideoPipeline", scheduler=df.UniPCMultistepScheduler(flow_shift=3.0))
+
+
+@case("ChronoEditPipeline", family="Wan", call=WAN, conditions=given(), batch=1)
+def _() -> Any:
+    transformer = wan_transformer(df.ChronoEditTransformer3DModel, in_channels=36, image_dim=16)
+    return wan("ChronoEditPipeline", transformer=transformer, scheduler=flow(shift=3.0), image_encoder=vision(),
+               image_processor=image_processor())  # fmt: skip
 
 
 @case("SkyReelsV2Pipeline", family="SkyReels", call=WAN)
@@ -473,8 +481,8 @@ def _() -> Any:
 
 
 LLAVA_TEMPLATE = {
-    "template": "\n\n{}\n\n",
-    "crop_start": 1,
+    "template": "{}",
+    "crop_start": 0,
     "image_emb_len": 4,
     "image_emb_start": 0,
     "image_emb_end": 4,
@@ -494,8 +502,9 @@ def _() -> Any:
                                         num_attention_heads=2, num_hidden_layers=2, patch_size=16)  # fmt: skip
     text_config = tf.LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
                                  num_attention_heads=2, max_position_embeddings=1024, pad_token_id=0)  # fmt: skip
-    config = tf.LlavaConfig(vision_config=vision_config, text_config=text_config, image_token_index=101,
+    config = tf.LlavaConfig(vision_config=vision_config, text_config=text_config, image_token_index=120,
                             vision_feature_layer=-1)  # fmt: skip
+    config.pad_token_id = 0
     return hunyuan_video(
         "HunyuanVideoImageToVideoPipeline",
         channels=9,
@@ -505,8 +514,55 @@ def _() -> Any:
     )
 
 
+@case(
+    "HunyuanVideoFramepackPipeline",
+    family="HunyuanVideo",
+    call={"height": 32, "width": 32, "num_frames": 9, "latent_window_size": 3, "max_sequence_length": 16,
+          "prompt_template": {"template": "{}", "crop_start": 0}},
+    conditions=given(size=32),
+    steps=2,
+    batch=1,
+)  # fmt: skip
+def _() -> Any:
+    transformer = make(
+        df.HunyuanVideoFramepackTransformer3DModel,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        pooled_projection_dim=16,
+        rope_axes_dim=(2, 4, 4),
+        has_image_proj=True,
+        image_proj_dim=16,
+        has_clean_x_embedder=True,
+    )
+    return hunyuan_video("HunyuanVideoFramepackPipeline", transformer=transformer, **siglip())
+
+
+def siglip() -> dict[str, Any]:
+    """An image encoder and its processor."""
+    config = tf.SiglipVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                   image_size=32, patch_size=16)  # fmt: skip
+    processor = tf.SiglipImageProcessor(size={"height": 32, "width": 32})
+    return {"image_encoder": make(tf.SiglipVisionModel, config=config), "feature_extractor": processor}
+
+
+@case("HunyuanVideo15ImageToVideoPipeline", family="HunyuanVideo", call={"num_frames": 5}, conditions=given(),
+      batch=1)  # fmt: skip
+def _() -> Any:
+    return hunyuan15("HunyuanVideo15ImageToVideoPipeline", "i2v", **siglip())
+
+
 @case("HunyuanVideo15Pipeline", family="HunyuanVideo", call={**SIZE, "num_frames": 5}, batch=1)
 def _() -> Any:
+    return hunyuan15("HunyuanVideo15Pipeline", "t2v")
+
+
+def hunyuan15(cls: str, task: str, **parts: Any) -> Any:
     vae = make(
         df.AutoencoderKLHunyuanVideo15,
         latent_channels=4,
@@ -528,10 +584,10 @@ def _() -> Any:
         image_embed_dim=16,
         rope_axes_dim=(2, 2, 4),
         target_size=16,
-        task_type="t2v",
+        task_type=task,
     )
-    return assemble(
-        df.HunyuanVideo15Pipeline,
+    pipe = assemble(
+        getattr(df, cls),
         text_encoder=language("Qwen2Model", "Qwen2Config"),
         tokenizer=letters(1200),
         transformer=transformer,
@@ -540,7 +596,10 @@ def _() -> Any:
         text_encoder_2=t5(),
         tokenizer_2=letters(256),
         guider=df.guiders.ClassifierFreeGuidance(guidance_scale=3.0),
+        **parts,
     )
+    pipe.vision_num_semantic_tokens = 4
+    return short(pipe)
 
 
 @case("Kandinsky5T2VPipeline", family="Kandinsky 5", call={**SIZE, "num_frames": 5})
@@ -548,21 +607,28 @@ def _() -> Any:
     return kandinsky5("Kandinsky5T2VPipeline", vae=hunyuan_vae())
 
 
-@case("Kandinsky5I2VPipeline", family="Kandinsky 5", call={**SIZE, "num_frames": 5},
+@case("Kandinsky5I2VPipeline", family="Kandinsky 5", call={**SIZE, "num_frames": 21},
       conditions=given(), batch=1)  # fmt: skip
 def _() -> Any:
     return kandinsky5("Kandinsky5I2VPipeline", visual_cond=True, vae=hunyuan_vae())
 
 
-@case("SanaVideoPipeline", family="Sana", call={**SIZE, "frames": 5, "max_sequence_length": 16,
-      "use_resolution_binning": False, "complex_human_instruction": None})  # fmt: skip
+SANA_VIDEO = {
+    "height": 32,
+    "width": 32,
+    "frames": 5,
+    "max_sequence_length": 16,
+    "use_resolution_binning": False,
+    "complex_human_instruction": None,
+}
+
+
+@case("SanaVideoPipeline", family="Sana", call=SANA_VIDEO)
 def _() -> Any:
     return sana_video("SanaVideoPipeline")
 
 
-@case("SanaImageToVideoPipeline", family="Sana", call={**SIZE, "frames": 5, "max_sequence_length": 16,
-      "use_resolution_binning": False, "complex_human_instruction": None},
-      conditions=given(), batch=1)  # fmt: skip
+@case("SanaImageToVideoPipeline", family="Sana", call=SANA_VIDEO, conditions=given(size=32), batch=1)
 def _() -> Any:
     return sana_video("SanaImageToVideoPipeline")
 
@@ -606,6 +672,7 @@ class Guardrail:
 
 
 def cosmos(cls: str, channels: int = 16, **parts: Any) -> Any:
+    without_torchvision(df.CosmosTransformer3DModel)
     transformer = make(
         df.CosmosTransformer3DModel,
         in_channels=channels,
@@ -639,37 +706,14 @@ def cosmos(cls: str, channels: int = 16, **parts: Any) -> Any:
 COSMOS = {**SIZE, "max_sequence_length": 16}
 
 
-@case("CosmosTextToWorldPipeline", family="Cosmos", call={**COSMOS, "num_frames": 9})
+@case("Cosmos2TextToImagePipeline", family="Cosmos", call=COSMOS)
 def _() -> Any:
-    vae = cosmos_vae()
-    return cosmos("CosmosTextToWorldPipeline", vae=vae, scheduler=edm())
+    return cosmos("Cosmos2TextToImagePipeline")
 
 
-@case("CosmosVideoToWorldPipeline", family="Cosmos", call={**COSMOS, "num_frames": 9}, conditions=given(), batch=1)
+@case("Cosmos2VideoToWorldPipeline", family="Cosmos", call={**COSMOS, "num_frames": 5}, conditions=given(), batch=1)
 def _() -> Any:
-    return cosmos("CosmosVideoToWorldPipeline", channels=17, vae=cosmos_vae(), scheduler=edm())
-
-
-def edm() -> Any:
-    return df.EDMEulerScheduler(sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", rho=7.0,
-                                prediction_type="epsilon", final_sigmas_type="sigma_min")  # fmt: skip
-
-
-def cosmos_vae() -> Any:
-    return make(
-        df.AutoencoderKLCosmos,
-        latent_channels=16,
-        encoder_block_out_channels=(8, 8, 8, 8),
-        decode_block_out_channels=(8, 8, 8, 8),
-        attention_resolutions=(8,),
-        resolution=64,
-        num_layers=2,
-        patch_size=4,
-        patch_type="haar",
-        scaling_factor=1.0,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=4,
-    )
+    return cosmos("Cosmos2VideoToWorldPipeline", channels=17)
 
 
 def unet3d(cls: Any = None, **config: Any) -> Any:
@@ -706,7 +750,8 @@ def _() -> Any:
     return sd("VideoToVideoSDPipeline", unet=unet3d())
 
 
-@case("I2VGenXLPipeline", family="ModelScope", call={**SIZE, "num_frames": 2}, conditions=given(size=32), batch=1)
+@case("I2VGenXLPipeline", family="ModelScope", call={**SIZE, "num_frames": 2, "clip_skip": None},
+      conditions=given(size=32), batch=1)  # fmt: skip
 def _() -> Any:
     return sd("I2VGenXLPipeline", unet=unet3d(df.I2VGenXLUNet), image_encoder=vision(),
               feature_extractor=image_processor())  # fmt: skip
