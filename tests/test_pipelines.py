@@ -393,8 +393,7 @@ UNCOVERED = {
     **dict.fromkeys(
         (
             "AceStepPipeline AltDiffusionImg2ImgPipeline AltDiffusionPipeline AnyFlowFARPipeline AnyFlowPipeline "
-            "AudioLDM2Pipeline AudioLDMPipeline MusicLDMPipeline EasyAnimatePipeline PNDMPipeline "
-            "StableDiffusionInpaintPipelineLegacy "
+            "AudioLDM2Pipeline AudioLDMPipeline MusicLDMPipeline "
             "BlipDiffusionControlNetPipeline BlipDiffusionPipeline BriaFibo2Pipeline BriaFiboEditPipeline "
             "BriaFiboPipeline ConsisIDPipeline DanceDiffusionPipeline DreamLiteMobilePipeline DreamLitePipeline "
             "EasyAnimateInpaintPipeline ErnieImagePipeline GlmImagePipeline HunyuanImageRefinerPipeline "

@@ -38,6 +38,11 @@ def _() -> Any:
     return assemble(df.DDIMPipeline, unet=unconditional(), scheduler=df.DDIMScheduler())
 
 
+@case("PNDMPipeline", family="Unconditional")
+def _() -> Any:
+    return assemble(df.PNDMPipeline, unet=unconditional(), scheduler=df.PNDMScheduler(skip_prk_steps=True))
+
+
 @case("LDMPipeline", family="Unconditional")
 def _() -> Any:
     vqvae = make(df.VQModel, block_out_channels=[8, 16], down_block_types=["DownEncoderBlock2D"] * 2,

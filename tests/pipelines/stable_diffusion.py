@@ -257,6 +257,11 @@ def _() -> Any:
     return sd("StableDiffusionModelEditingPipeline")
 
 
+@case("StableDiffusionInpaintPipelineLegacy", **SD, call={"strength": 0.8}, conditions=INPAINT, steps=5, batch=1)
+def _() -> Any:
+    return sd("StableDiffusionInpaintPipelineLegacy")
+
+
 @case("LDMTextToImagePipeline", **SD, call=SIZE)
 def _() -> Any:
     return sd("LDMTextToImagePipeline", vqvae=kl(), bert=clip(length=77), tokenizer=tiny.tokenizer(77))

@@ -291,6 +291,42 @@ def _() -> Any:
     return hunyuan_video("HunyuanVideoPipeline")
 
 
+@case("EasyAnimatePipeline", family="EasyAnimate", call={**SIZE, "num_frames": 5, "negative_prompt": "dog"})
+def _() -> Any:
+    vae = make(
+        df.AutoencoderKLMagvit,
+        down_block_types=("SpatialDownBlock3D", *("SpatialTemporalDownBlock3D",) * 3),
+        up_block_types=("SpatialUpBlock3D", *("SpatialTemporalUpBlock3D",) * 3),
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_group_norm=False,
+    )
+    transformer = make(
+        df.EasyAnimateTransformer3DModel,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=16,
+        num_layers=1,
+        mmdit_layers=1,
+        sample_width=16,
+        sample_height=16,
+        patch_size=2,
+    )
+    return assemble(
+        df.EasyAnimatePipeline,
+        vae=vae,
+        text_encoder=language("Qwen2Model", "Qwen2Config"),
+        tokenizer=letters(256),
+        transformer=transformer,
+        scheduler=flow(),
+    )
+
+
 @case("MochiPipeline", family="Mochi", call={**SIZE, "num_frames": 7, "max_sequence_length": 16})
 def _() -> Any:
     vae = make(
