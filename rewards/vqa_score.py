@@ -33,7 +33,8 @@ class VqaScore(Reward):
     """Probability that a local vision-language model answers yes to whether the picture shows the prompt.
 
     Args:
-        model: folder or hub id of a model of the families llava, qwen2_vl or qwen2_5_vl.
+        model: embedded name (``difftune/tiny-vlm``, which knows the embedded world only), or folder or hub id of a
+            model of the families llava, qwen2_vl or qwen2_5_vl.
         question: what is asked; ``{prompt}`` is replaced by the prompt.
         yes: the answer that counts.
         no: the other one.
@@ -44,8 +45,8 @@ class VqaScore(Reward):
 
     differentiable = True
     range = "[0, 1]"
-    weights = "any model of the families llava, qwen2_vl, qwen2_5_vl"
-    licence = "the model's"
+    weights = "embedded (difftune/tiny-vlm), or any model of the families llava, qwen2_vl, qwen2_5_vl"
+    licence = "Apache-2.0 (embedded), else the model's"
 
     def __init__(
         self,

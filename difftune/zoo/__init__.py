@@ -1,4 +1,4 @@
-"""The embedded models: a world rendered by code, a reader that reads it back, and three tiny models trained on it.
+"""The embedded models: a world rendered by code, a reader that reads it back, and four tiny models trained on it.
 
 Importing this package is cheap: it needs neither torch nor diffusers.
 """
@@ -20,12 +20,13 @@ class EmbeddedModel:
 
     Attributes:
         description: One line for people.
-        kind: "pipeline" for a diffusers pipeline, "clip" for a CLIPModel with its CLIPProcessor.
+        kind: "pipeline" for a diffusers pipeline, "clip" for a CLIPModel with its CLIPProcessor, "vlm" for what
+            AutoModelForImageTextToText and AutoProcessor load.
         call: Keyword arguments that a call of the pipeline should pass besides the prompt.
     """
 
     description: str
-    kind: Literal["pipeline", "clip"]
+    kind: Literal["pipeline", "clip", "vlm"]
     call: dict[str, Any] = field(default_factory=dict)
 
 
@@ -44,6 +45,10 @@ MODELS = MappingProxyType(
         "difftune/tiny-clip": EmbeddedModel(
             "CLIPModel of 1.1 M parameters for 64 x 64 scenes and their captions",
             "clip",
+        ),
+        "difftune/tiny-vlm": EmbeddedModel(
+            "LlavaForConditionalGeneration of 1.2 M parameters: says yes or no to what a 64 x 64 scene shows",
+            "vlm",
         ),
     }
 )

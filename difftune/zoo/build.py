@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor
 
-from difftune.zoo import autoencoder, clip, generator
+from difftune.zoo import autoencoder, clip, generator, model_path, vlm
 from difftune.zoo.world import Scene
 
 
@@ -28,6 +28,17 @@ def build_clip(out: Path, steps_scale: float) -> None:
     model.half().save_pretrained(out / "tiny-clip")
     processor.save_pretrained(out / "tiny-clip")
     generator.clean_configs(out / "tiny-clip")
+
+
+def build_vlm(out: Path, steps_scale: float) -> None:
+    """Trains tiny-vlm from ``out/tiny-clip``, or the embedded one where there is none, into ``out/tiny-vlm``."""
+    start = out / "tiny-clip"
+    if not (start / "config.json").exists():
+        start = model_path("difftune/tiny-clip")
+    model, processor = vlm.train_vlm(start, max(1, round(vlm.STEPS * steps_scale)))
+    model.half().save_pretrained(out / "tiny-vlm")
+    processor.save_pretrained(out / "tiny-vlm")
+    generator.clean_configs(out / "tiny-vlm")
 
 
 def shared_latents(out: Path, vae: AutoencoderKL, steps_scale: float) -> tuple[list[Scene], Tensor]:
@@ -63,7 +74,7 @@ def build_generator(name: str, out: Path, steps_scale: float, resume: bool = Fal
 def main(arguments: list[str] | None = None) -> None:
     """The command line: which model, where to, and how long."""
     parser = argparse.ArgumentParser(prog="python -m difftune.zoo.build", description=__doc__)
-    parser.add_argument("model", choices=["autoencoder", "tiny-clip", "tiny-sd", "tiny-flow", "all"])
+    parser.add_argument("model", choices=["autoencoder", "tiny-clip", "tiny-vlm", "tiny-sd", "tiny-flow", "all"])
     parser.add_argument("--out", type=Path, default=Path("zoo"), help="folder to write the models to")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="factor on every number of training steps")
     parser.add_argument("--resume", action="store_true", help="train a generator in the folder further")
@@ -77,6 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         shared_latents(chosen.out, vae, chosen.steps_scale)
     if chosen.model in ("tiny-clip", "all"):
         build_clip(chosen.out, chosen.steps_scale)
+    if chosen.model in ("tiny-vlm", "all"):
+        build_vlm(chosen.out, chosen.steps_scale)
     for name in ("tiny-sd", "tiny-flow"):
         if chosen.model in (name, "all"):
             build_generator(name, chosen.out, chosen.steps_scale, chosen.resume)

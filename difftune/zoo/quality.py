@@ -1,16 +1,18 @@
 """Measures the embedded models: ``python -m difftune.zoo.quality``.
 
 Every figure is read from the pixels by `difftune.zoo.reader`. "clauses" is the mean score over the clauses of a
-caption, "correct" the share of pictures with every clause right, which is GenEval's measure.
+caption, "correct" the share of pictures with every clause right, which is GenEval's measure. tiny-clip and tiny-vlm are
+asked about rendered scenes, of which the truth is known.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +23,17 @@ from rich.table import Table
 from difftune.zoo import MODELS, PREFIX, model_path
 from difftune.zoo.autoencoder import decode, encode, to_model
 from difftune.zoo.reader import read_scene, score_clauses
-from difftune.zoo.world import caption, parse_caption, render_scenes, sample_caption, sample_scene
+from difftune.zoo.vlm import QUESTIONS, false_caption
+from difftune.zoo.world import (
+    CLAUSES,
+    Scene,
+    caption,
+    parse_caption,
+    render,
+    render_scenes,
+    sample_caption,
+    sample_scene,
+)
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -133,6 +145,54 @@ def measure_retrieval(model: CLIPModel, processor: CLIPProcessor, rounds: int = 
     return float(np.mean(hits))
 
 
+@torch.no_grad()
+def answers(model: Any, processor: Any, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+    """The most likely first word of each answer of an image-text-to-text model, by its own processor."""
+    processor.tokenizer.padding_side = "left"
+    found = []
+    for start in range(0, len(questions), 32):
+        rows = slice(start, start + 32)
+        told = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+            for question in questions[rows]
+        ]
+        texts = processor.apply_chat_template(told, add_generation_prompt=True)
+        inputs = processor(text=texts, images=list(pictures[rows]), padding=True, return_tensors="pt")
+        found += model(**inputs).logits[:, -1].argmax(-1).tolist()
+    return [processor.tokenizer.decode([token]) for token in found]
+
+
+def measure_judge(model: Any, processor: Any, count: int = 100) -> dict[str, float]:
+    """Share of right answers of tiny-vlm, in all three forms of the question, by what is asked.
+
+    Args:
+        model: The judge.
+        processor: Its processor.
+        count: Held-out scenes, each asked about in every one of these ways.
+
+    Returns:
+        "true": captions that name everything, or a random part. "other": those of another scene, where they are wrong.
+        For each clause "miss CLAUSE": captions of which that one clause is wrong, half of them full. "near misses":
+        all of those.
+    """
+    rng = np.random.default_rng(HELD_OUT_SEED)
+    scenes = [sample_scene(rng) for _ in range(count)]
+    asked: list[tuple[str, Scene, str]] = []
+    for scene, other in zip(scenes, [*scenes[1:], scenes[0]], strict=True):
+        asked += [("true", scene, caption(scene)), ("true", scene, sample_caption(scene, rng) or caption(scene))]
+        asked.append(("other", scene, caption(other)))
+        asked += [(f"miss {clause}", scene, false_caption(scene, rng, clause)) for clause in CLAUSES]
+    asked = [one for one in asked if one[0] != "other" or parse_caption(one[2]) != one[1].clauses]
+    questions = [QUESTIONS[i % len(QUESTIONS)].format(prompt=text) for i, (_, _, text) in enumerate(asked)]
+    said = answers(model, processor, [render(scene) for _, scene, _ in asked], questions)
+    right = defaultdict(list)
+    for (kind, _, _), answer in zip(asked, said, strict=True):
+        right[kind].append(answer == ("yes" if kind == "true" else "no"))
+        if kind.startswith("miss"):
+            right["near misses"].append(answer == "no")
+    return {kind: float(np.mean(found)) for kind, found in right.items()}
+
+
 def save_grid(pictures: np.ndarray, file: Path, columns: int = 8, zoom: int = 2) -> None:
     """Writes pictures (N, 3, H, W) in [0, 1] as one PNG, row by row, magnified without smoothing."""
     count, _, height, width = pictures.shape
@@ -171,6 +231,14 @@ def report(
 
             figure = measure_retrieval(CLIPModel.from_pretrained(path).float(), CLIPProcessor.from_pretrained(path))
             console.print(f"{name}: top-1 retrieval of the full caption among 64: {figure:.3f}")
+            continue
+        if MODELS[name].kind == "vlm":
+            from transformers import AutoModelForImageTextToText, AutoProcessor
+
+            judge = AutoModelForImageTextToText.from_pretrained(path).float()
+            shares = measure_judge(judge, AutoProcessor.from_pretrained(path), count)
+            figures = ", ".join(f"{kind} {share:.3f}" for kind, share in shares.items())
+            console.print(f"{name}: right answers: {figures}")
             continue
         pipeline = load_pipeline(path)
         score = measure_autoencoder(pipeline.vae)

@@ -14,14 +14,14 @@ from difftune.zoo.world import vocabulary
 MAX_LENGTH = 16
 """Tokens of a prompt, start and end included; the world's longest caption has ten."""
 
-_END = "</w>"
+END_OF_WORD = "</w>"
+"""What a word's last piece ends in."""
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """The tokenizer of all three models; other text is cut into bytes and truncated, never unknown."""
-    alphabet = sorted(ByteLevel.alphabet())
-    merges: Any = _learn_merges(vocabulary())
-    tokens = [*alphabet, *(letter + _END for letter in alphabet), *("".join(pair) for pair in merges)]
+    """The tokenizer of the generators and of tiny-clip; other text is cut into bytes and truncated, never unknown."""
+    merges: Any = learn_merges(vocabulary())
+    tokens = [*alphabet(), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
@@ -47,9 +47,15 @@ def text_config(width: int, layers: int, projection: int = 64) -> CLIPTextConfig
     )
 
 
-def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
+def alphabet() -> list[str]:
+    """Every byte as a letter within a word and as its last one: what text is cut into where no merge applies."""
+    letters = sorted(ByteLevel.alphabet())
+    return [*letters, *(letter + END_OF_WORD for letter in letters)]
+
+
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent pair first, until every word is a single token."""
-    pieces = [[*word[:-1], word[-1] + _END] for word in words]
+    pieces = [[*word[:-1], word[-1] + END_OF_WORD] for word in words]
     merges = []
     while any(len(word) > 1 for word in pieces):
         frequency = Counter(pair for word in pieces for pair in pairwise(word))
