@@ -48,7 +48,7 @@ from difftune.prompt_cache import PromptCache
 from difftune.prompts import PICTURES
 from difftune.puppet import Prediction, make_puppet
 from difftune.quirks import quirk_of
-from difftune.transition import Gaussian, Level, working
+from difftune.transition import Gaussian, Level
 from difftune.types import NonFiniteError, ParityError, SampleKey, Trajectory, UserError
 from difftune.window import Window, resolve_window
 
@@ -495,7 +495,8 @@ class Sampler:
                 f"{type(self.policy.pipe).__name__} decodes by numpy, which carries no gradient; use an algorithm of "
                 "transitions or samples (ddpo, grpo, nft), or a pipeline that decodes with tensors"
             ) from None
-        return to_images(out, len(prompts))
+        double = all(parameter.dtype == torch.float64 for parameter in self.policy.parameters())
+        return to_images(out, len(prompts), torch.float64 if double else torch.float32)
 
     # -- the one call ------------------------------------------------------------------------------------
 
@@ -871,8 +872,8 @@ _OUTPUTS = {
 }
 
 
-def to_images(out: Any, batch: int) -> Tensor:
-    """Turn a pipeline's output into images ``(B, 3, H, W)`` or frames ``(B, F, 3, H, W)``, fp32 or fp64 in [0, 1].
+def to_images(out: Any, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Turn a pipeline's output into images ``(B, 3, H, W)`` or frames ``(B, F, 3, H, W)``, in [0, 1].
 
     Tensors keep their graph. Understands the output classes of diffusers (``images``, ``frames``), tuples, numpy
     arrays ``(B, H, W, 3)`` and lists of PIL images. What is no picture comes as it is: audio ``(B, channels,
@@ -897,7 +898,7 @@ def to_images(out: Any, batch: int) -> Tensor:
         raise UserError(f"the pipeline returned a tensor of shape {tuple(value.shape)} for {batch} prompts")
     if picture and value.ndim == 5 and value.shape[1] in (1, 3) and value.shape[2] not in (1, 3):
         value = value.movedim(1, 2)
-    return working(value).clamp(0, 1) if picture else working(value)
+    return value.to(dtype).clamp(0, 1) if picture else value.to(dtype)
 
 
 def _pil_arrays(value: Any) -> np.ndarray | None:
