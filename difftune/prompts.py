@@ -145,15 +145,33 @@ def conditions_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     return {name: [prompt.conditions[name] for prompt in prompts] for name in names}
 
 
-def identities(prompts: Sequence[Prompt]) -> list[str]:
-    """Return what tells each prompt from the others: its text, and a digest of its conditions where it has any.
+def metadata_of(prompts: Sequence[Prompt]) -> list[Mapping[str, Any]]:
+    """Return what a reward is told beside each text: the metadata, and a digest of the conditions where there are any.
+
+    The digest stands under ``conditions``, a name that prompt files cannot give to metadata.
+    """
+    return [
+        {**prompt.metadata, "conditions": _digest(sorted(prompt.conditions.items()))}
+        if prompt.conditions
+        else prompt.metadata
+        for prompt in prompts
+    ]
+
+
+def told_apart(texts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what tells each sample's prompt from the others, given what its reward is told (:func:`metadata_of`).
 
     Two prompts of one text over two pictures are two: their samples are not compared with one another.
     """
     return [
-        f"{prompt.text} [{_digest(sorted(prompt.conditions.items()))}]" if prompt.conditions else prompt.text
-        for prompt in prompts
+        f"{text} [{extra['conditions']}]" if "conditions" in extra else text
+        for text, extra in zip(texts, metadata, strict=True)
     ]
+
+
+def identities(prompts: Sequence[Prompt]) -> list[str]:
+    """Return what tells each prompt from the others: its text, and a digest of its conditions where it has any."""
+    return told_apart([prompt.text for prompt in prompts], metadata_of(prompts))
 
 
 def _digest(value: Any) -> str:

@@ -67,7 +67,8 @@ class Reward(ABC):
         """Score ``images`` ``(B, 3, H, W)`` in [0, 1] (frames: ``(B, F, 3, H, W)``) made for ``B`` prompts.
 
         ``metadata`` has one mapping per sample, empty unless the prompt file carries some. What :attr:`needs` names
-        is there.
+        is there; where the samples are drawn under conditions beside the text, ``conditions`` is their digest. Those
+        of equal text and conditions are one prompt's (:func:`difftune.prompts.told_apart`).
         """
 
     def modules(self) -> list[nn.Module]:

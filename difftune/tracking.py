@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difftune.prompts import Prompt, conditions_of
+from difftune.prompts import Prompt, conditions_of, metadata_of
 from difftune.quirks import quirk_of
 from difftune.reward import Reward
 from difftune.sampler import as_argument, keyed_generator, sample_keys, to_images
@@ -346,7 +346,7 @@ def compare(
         drawing: arguments of :func:`draw`.
     """
     texts = [prompt.text for prompt in prompts]
-    metadata = [prompt.metadata for prompt in prompts]
+    metadata = metadata_of(prompts)
     conditions = conditions_of(prompts)
 
     def run(name: str) -> tuple[Tensor, RewardOutput]:

@@ -34,7 +34,7 @@ from difftune.memory import brought, free_memory, out_of_memory
 from difftune.monitor import Monitor, MonitorAlarm, MonitorConfig
 from difftune.policy import Policy
 from difftune.processes import Processes, even_shares
-from difftune.prompts import Prompt, PromptStream, conditions_of, identities, load_prompts
+from difftune.prompts import Prompt, PromptStream, conditions_of, load_prompts, metadata_of, told_apart
 from difftune.report import sample_grid, write_report
 from difftune.reward import Reward, build_reward
 from difftune.sampler import Sampler, StepView, keyed_generator, sample_keys
@@ -363,8 +363,9 @@ class Trainer:
         texts = [row.text for row in rows]
         keys = list(sample_keys(texts, self.config.seed, epoch))
         shares = even_shares(len(rows), self.processes.count)
-        groups = identities(rows)
-        return _Samples(epoch, texts, [row.metadata for row in rows], keys, groups, conditions_of(rows), shares)
+        metadata = metadata_of(rows)
+        groups = told_apart(texts, metadata)
+        return _Samples(epoch, texts, metadata, keys, groups, conditions_of(rows), shares)
 
     def _draw(self, samples: _Samples) -> Trajectory | None:
         """Draw this process's share; ``None`` if that is empty, since there are more processes than samples."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from difftune.advantage import groups_of
+from difftune.prompts import told_apart
 from difftune.reward import reward
 from difftune.rewards._clip import ClipReward
 from difftune.types import RewardOutput, UserError
@@ -71,7 +72,7 @@ class Diversity(ClipReward):
         # A sum of all features, times zero: a group of one has a graph like any other.
         total = features.sum(-1) * 0
         numbers = torch.zeros(len(images), device=images.device)
-        for group in groups_of(prompts):
+        for group in groups_of(told_apart(prompts, metadata)):
             numbers[group] = vendi(features[group].detach())
             if len(group) == 1:
                 continue

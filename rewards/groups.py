@@ -1,7 +1,7 @@
 """Rewards that compare the samples of one prompt: rank, pairwise win rate, per-reward standardisation.
 
 A small difference between two good samples can be noise of the scorer, which standardisation blows up to an advantage
-of 1. Ranks and win rates have a fixed scale in every group.
+of 1. Ranks and win rates have a fixed scale in every group. Two prompts of one text over two pictures are two groups.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from difftune.advantage import groups_of, normalize_batch, normalize_groups
+from difftune.prompts import told_apart
 from difftune.reward import reward
 from difftune.rewards._combine import Combination, OneTerm, Term
 from difftune.types import RewardOutput, UserError
@@ -45,7 +46,7 @@ class GroupRank(_Grouped):
         outputs, parts = self.score_terms(images, prompts, metadata)
         scores = self.inner(outputs)
         total = torch.zeros_like(scores)
-        for group in groups_of(prompts):
+        for group in groups_of(told_apart(prompts, metadata)):
             rows = scores[group]
             below = (rows[:, None] > rows[None]).float().sum(1)
             same = (rows[:, None] == rows[None]).float().sum(1)
@@ -80,7 +81,7 @@ class WinRate(_Grouped):
         outputs, parts = self.score_terms(images, prompts, metadata)
         scores, sigma = self.inner(outputs), outputs[0].uncertainty
         total = torch.full_like(scores, 0.5)
-        for group in groups_of(prompts):
+        for group in groups_of(told_apart(prompts, metadata)):
             if len(group) == 1:
                 continue
             difference = scores[group][:, None] - scores[group][None]
@@ -120,6 +121,7 @@ class Gdpo(Combination):
         """Return ``(B,)`` standardised sums."""
         outputs, parts = self.score_terms(images, prompts, metadata)
         total = torch.zeros_like(outputs[0].total)
+        samples = told_apart(prompts, metadata)
         for (_, weight, _), out in zip(self.terms, outputs, strict=True):
-            total = total + weight * normalize_groups(out.total, prompts)
+            total = total + weight * normalize_groups(out.total, samples)
         return RewardOutput(normalize_batch(total), parts)

@@ -186,6 +186,16 @@ def phi(difference: float, one: float, other: float) -> float:
     return 0.5 * (1 + math.erf(difference / math.hypot(one, other) / 2**0.5))
 
 
+@pytest.mark.parametrize("name", ["group_rank", "win_rate", "gdpo"])
+def test_one_text_under_two_conditions_is_two_groups(name: str) -> None:
+    """As two texts would be, and not as one."""
+    built, images = build_reward(name, of=["first"]), torch.zeros(4, 3, 8, 8)
+    told = [*[{"conditions": "1f"}] * 2, *[{"conditions": "2e"}] * 2]
+    apart = built(images, ["a"] * 4, told).total
+    assert torch.equal(apart, built(images, ["a", "a", "b", "b"]).total)
+    assert not torch.equal(apart, built(images, ["a"] * 4, [{"other": "1f"}] * 4).total)
+
+
 def test_gdpo_normalises_before_it_sums() -> None:
     """The sheet's C128: multiplying one reward by a number changes nothing."""
     plain = total("gdpo")

@@ -189,6 +189,9 @@ def test_diversity_is_the_distance_to_the_others_of_the_prompt() -> None:
     assert out.parts["vendi"][2].item() == pytest.approx(1) and 1 < out.parts["vendi"][0].item() < 3
     with pytest.raises(UserError, match="to is 'all'"):
         build_reward("diversity", to="all")
+    # One text under two conditions is two prompts.
+    told = [{"conditions": prompt} for prompt in prompts]
+    assert torch.equal(build_reward("diversity")(images, ["a"] * len(prompts), told).total, out.total)
 
 
 def test_vendi_counts_different_samples() -> None:

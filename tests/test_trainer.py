@@ -138,6 +138,21 @@ def test_one_text_under_two_conditions_is_two_groups(monkeypatch: pytest.MonkeyP
     assert seen and all(len(unit) == 1 for unit in seen)
 
 
+def test_scorers_that_compare_samples_see_the_groups_that_the_algorithm_sees() -> None:
+    rows = [{"prompt": "a star", "negative_prompt": negative} for negative in ("two dog", "a red cat")]
+    sizes: dict[str, Any] = {"prompts_per_epoch": 2, "samples_per_prompt": 4, "updates_per_epoch": 1, "epochs": 1}
+    trainer = make(prompts=rows, reward={"name": "group_rank", "of": "brightness"}, **sizes)
+    samples, seen = trainer._plan(1), []
+    prepare = trainer.algorithm.prepare
+    trainer.algorithm.prepare = lambda groups, scores: (seen.append((groups, scores)), prepare(groups, scores))[1]
+    list(trainer)
+    ((groups, scores),) = seen
+    assert groups == samples.groups and len(set(groups)) == 2
+    for name in set(groups):
+        ranks = scores.total[[i for i, group in enumerate(groups) if group == name]]
+        assert sorted(ranks.tolist()) == [0.25, 0.5, 0.75, 1.0]
+
+
 def test_micro_batches_change_memory_not_results() -> None:
     a, b = make(micro_batch=1), make(micro_batch=4)
     ra, rb = list(a), list(b)

@@ -33,7 +33,7 @@ def score(
     import csv
     import json
 
-    from difftune.prompts import Prompt, load_prompts
+    from difftune.prompts import Prompt, load_prompts, metadata_of
     from difftune.registry import load_plugin
     from difftune.types import UserError
 
@@ -47,7 +47,7 @@ def score(
     rows = []
     for file, entry in zip(files, entries, strict=True):
         # One at a time: pictures from outside come in all sizes.
-        out = scorer(read_picture(file), [entry.text], [entry.metadata])
+        out = scorer(read_picture(file), [entry.text], metadata_of([entry]))
         parts = {name: float(value[0]) for name, value in out.parts.items()}
         rows.append({"image": str(file), "prompt": entry.text, "score": float(out.total[0]), **parts})
     if as_json:
