@@ -39,6 +39,9 @@ SCENE_SEED = 3
 SD_STEPS = 3500
 SD_BATCH = 32
 SD_LEARNING_RATE = 1e-3
+SD_WRONG_CAPTIONS = 0.3
+"""Share of tiny-sd's captions that belong to another scene, as many do on the web: pictures are as sharp as with true
+ones, what a caption says is followed less, and a reward has something to teach."""
 SD_SEED = 4
 
 FLOW_STEPS = 3500
@@ -47,8 +50,7 @@ FLOW_LEARNING_RATE = 1e-3
 FLOW_READOUT_BLOCK = 4
 FLOW_READOUT_WEIGHT = 0.4
 FLOW_WRONG_CAPTIONS = 0.5
-"""Share of tiny-flow's captions that belong to another scene, as many do on the web: pictures are as sharp as with true
-ones, what a caption says is followed less, and a reward has something to teach."""
+"""The same share for tiny-flow, which follows its captions more closely."""
 FLOW_SEED = 5
 FLOW_WIDTH = 128
 FLOW_LAYERS = 8
@@ -57,7 +59,7 @@ FLOW_TEXT_WIDTH = 96
 LONG_SEQUENCE = 256
 """Default `max_sequence_length` of StableDiffusion3Pipeline: so many zero tokens come from the T5 slot."""
 
-RESUMED_LEARNING_RATE = 0.6
+RESUMED_LEARNING_RATE = 0.4
 """Factor on the peak learning rate where training goes on from a finished model."""
 
 RESUMED_SEED = 100
@@ -161,6 +163,13 @@ def scene_latents(vae: AutoencoderKL, count: int = SCENES) -> tuple[list[Scene],
     return scenes, latents * vae.config.scaling_factor
 
 
+def _captions(scenes: list[Scene], chosen: np.ndarray, wrong_share: float, rng: np.random.Generator) -> list[str]:
+    """A caption for each chosen scene; `wrong_share` of them are other scenes'."""
+    wrong = rng.random(len(chosen)) < wrong_share
+    described = np.where(wrong, rng.integers(len(scenes), size=len(chosen)), chosen)
+    return [sample_caption(scenes[i], rng) for i in described]
+
+
 def train_tiny_sd(
     vae: AutoencoderKL,
     scenes: list[Scene],
@@ -182,7 +191,7 @@ def train_tiny_sd(
 
     def loss_of_step(step: int) -> Tensor:
         chosen = rng.integers(len(scenes), size=SD_BATCH)
-        captions = [sample_caption(scenes[i], rng) for i in chosen]
+        captions = _captions(scenes, chosen, SD_WRONG_CAPTIONS, rng)
         x_0 = latents[chosen].contiguous(memory_format=torch.channels_last)
         noise = torch.randn_like(x_0)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (SD_BATCH,))
@@ -243,9 +252,7 @@ def train_tiny_flow(
         batch = FLOW_BATCH // 4 if long else FLOW_BATCH
         zero_tokens = LONG_SEQUENCE if long else int(rng.integers(MAX_LENGTH + 1))
         chosen = rng.integers(len(scenes), size=batch)
-        wrong = rng.random(batch) < FLOW_WRONG_CAPTIONS
-        described = np.where(wrong, rng.integers(len(scenes), size=batch), chosen)
-        captions = [sample_caption(scenes[i], rng) for i in described]
+        captions = _captions(scenes, chosen, FLOW_WRONG_CAPTIONS, rng)
         x_0 = latents[chosen]
         noise = torch.randn_like(x_0)
         t = torch.sigmoid(0.7 + 1.1 * torch.randn(batch))
