@@ -8,14 +8,16 @@ never pays.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from difftune.reward import mean_output, reward
+from difftune.reward import reward
 from difftune.rewards._combine import OneTerm, Term
 from difftune.types import RewardOutput, UserError
 
@@ -171,38 +173,65 @@ class Segmental(OneTerm):
     """A video's score from one frame per segment, frames far from the middle counting less.
 
     After Yuan et al. 2023, "InstructVideo" (arXiv 2312.12490): a few frames stand for the video, and their scores are
-    weighted by ``exp(-rate * |i - middle|)`` over the segments i, so that the reward does not freeze the picture.
-    Stills are scored as they are.
+    attenuated with the distance from the middle, so that the reward does not freeze the picture. The paper draws one
+    frame g(i) at random from each of S segments of F frames (``random: true``)::
+
+        r = (1 / S) sum_i f_i r(frame g(i)),        f_i = exp(-rate |g(i) - F / 2|), frames from 0, rate 1
+
+    That is nearly nothing for a long film. By default the middle frame of each segment is scored, distances count
+    segments, and the weights sum to 1. Stills are scored as they are.
 
     Args:
         of: the term, any scorer of pictures.
-        segments: how many frames are scored: the middle one of each of so many equal pieces.
-        rate: how fast the weight falls with the distance from the middle, per segment; 0 for equal weights.
+        segments: of how many equal pieces one frame each is scored.
+        rate: how fast the weight falls with the distance from the middle; 0 for equal weights.
+        random: the paper's form; a film's own pixels are the seed, so that a film has one score.
     """
 
-    def __init__(self, of: Term, segments: int = 4, rate: float = 0.5) -> None:
+    def __init__(self, of: Term, segments: int = 4, rate: float = 0.5, random: bool = False) -> None:
         super().__init__(of)
         if segments < 1 or rate < 0:
             raise UserError(
                 f"reward {self.name!r}: segments is {segments} and rate {rate}, expected at least 1 and at least 0"
             )
-        self.segments, self.rate = segments, rate
+        self.segments, self.rate, self.random = segments, rate, random
 
     def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Let the term begin on the chosen frames."""
-        if images.ndim == 5:
-            images = images[:, segment_weights(images.shape[1], self.segments, self.rate)[0]]
-        super().begin(images, prompts, metadata)
+        super().begin(self._chosen(images)[0] if images.ndim == 5 else images, prompts, metadata)
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         """Return ``(B,)`` weighted means over the chosen frames."""
-        frames = images.unbind(1) if images.ndim == 5 else (images,)
-        chosen, weights = segment_weights(len(frames), self.segments, self.rate)
-        scored = []
-        for index in chosen:
-            outputs, parts = self.score_terms(frames[index], prompts, metadata)
-            scored.append(RewardOutput(self.inner(outputs), parts))
-        return mean_output(scored, weights)
+        if images.ndim == 4:
+            outputs, parts = self.score_terms(images, prompts, metadata)
+            return RewardOutput(self.inner(outputs), parts)
+        frames, weights = self._chosen(images)
+        sums: dict[str, Tensor] = {}
+        for frame, weight in zip(frames.unbind(1), weights.unbind(1), strict=True):
+            outputs, parts = self.score_terms(frame, prompts, metadata)
+            for key, value in {"": self.inner(outputs), **parts}.items():
+                sums[key] = sums.get(key, torch.zeros_like(value)) + weight.to(value) * value
+        return RewardOutput(sums.pop(""), sums)
+
+    def _chosen(self, films: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the frames ``(B, S, 3, H, W)`` that stand for the segments, and their weights ``(B, S)``."""
+        count = films.shape[1]
+        if self.random:
+            chosen = torch.tensor([drawn_frames(film, self.segments) for film in films])
+            weights = torch.exp(-self.rate * (chosen - count / 2).abs()) / chosen.shape[1]
+        else:
+            places, shares = segment_weights(count, self.segments, self.rate)
+            chosen, weights = torch.tensor([places] * len(films)), torch.tensor([shares] * len(films))
+        return films[torch.arange(len(films))[:, None], chosen], weights
+
+
+def drawn_frames(film: Tensor, segments: int) -> list[int]:
+    """Return one frame of each segment of a film ``(F, 3, H, W)``, drawn by what is seen in the film."""
+    seen = (film.detach()[..., ::8, ::8] * 255).round().to("cpu", torch.uint8)
+    source = random.Random(hashlib.blake2b(seen.numpy().tobytes()).digest())
+    count = min(len(film), segments)
+    edges = [index * len(film) // count for index in range(count + 1)]
+    return [source.randrange(start, end) for start, end in zip(edges, edges[1:], strict=False)]
 
 
 def segment_weights(frames: int, segments: int, rate: float) -> tuple[list[int], list[float]]:

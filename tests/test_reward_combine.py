@@ -13,7 +13,7 @@ from torch import Tensor
 
 from difftune.reward import REWARDS, build_reward, list_rewards, reward
 from difftune.rewards.combine import entropic, mean_min
-from difftune.rewards.shape import clip_rewards, delta_rewards, segment_weights
+from difftune.rewards.shape import clip_rewards, delta_rewards, drawn_frames, segment_weights
 from difftune.types import RewardOutput, UserError
 
 PROMPTS = ["a", "a", "a", "b"]
@@ -159,6 +159,42 @@ def test_segments() -> None:
     got = build_reward("segmental", of="even", segments=3, rate=1.0)(film, ["a"])
     assert got.total.item() == pytest.approx(0.5) and got.parts["even"].item() == pytest.approx(0.5)
     assert build_reward("segmental", of="even")(film[:, 3], ["a"]).total.item() == pytest.approx(3 / 8)
+
+
+def test_segments_at_random_are_the_papers() -> None:
+    """The sheet's C69: a reward of 1 on 16 frames in 4 segments at rate 1 is 0.135202 in expectation; frames from 0."""
+    reward("one")(lambda images, prompts: torch.ones(len(images)))
+    films = torch.rand(400, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"name": "segmental", "of": "one", "rate": 1.0, "random": True}
+    prompts = ["a"] * len(films)
+    # With as many segments as frames nothing is left to chance, and that is the expectation.
+    whole = build_reward({**settings, "segments": 16})(films, prompts).total
+    assert whole.tolist() == pytest.approx([0.135202] * 400, abs=1e-6)
+    drawn = build_reward({**settings, "segments": 4})
+    out = drawn(films, prompts)
+    assert abs(out.total.mean() - 0.135202) < 4 * out.total.std() / 400**0.5
+    assert torch.equal(drawn(films[7:9], ["a"] * 2).total, out.total[7:9])
+    chosen = torch.tensor([drawn_frames(film, 4) for film in films])
+    assert [sorted(set(column)) for column in chosen.T.tolist()] == [list(range(4 * i, 4 * i + 4)) for i in range(4)]
+    assert out.total[0].item() == pytest.approx(float(torch.exp(-(chosen[0] - 8.0).abs()).mean()))
+
+
+def test_the_gradient_of_a_film_is_the_mean_over_its_frames() -> None:
+    """The sheet's C67 (VADER): of single frames' gradients; and that of ``-|r - 10|`` is theirs up to 10."""
+    film = torch.rand(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def gradient(spec: Any, images: Tensor) -> Tensor:
+        images = images.clone().requires_grad_()
+        (found,) = torch.autograd.grad(build_reward(spec)(images, ["a"]).total.sum(), images)
+        return found
+
+    singles = torch.stack([gradient("contrast", frame) for frame in film.unbind(1)], 1)
+    torch.testing.assert_close(gradient("contrast", film), singles / 4, atol=1e-6, rtol=0)
+    assert singles.abs().amax() > 1e-3
+    for scale, sign in ((1.0, 1.0), (1000.0, -1.0)):
+        one = {"name": "affine", "of": "contrast", "scale": scale}
+        got = gradient({"name": "target", "target": 10.0, "of": one}, film[:, 0])
+        torch.testing.assert_close(got, sign * scale * singles[:, 0], atol=1e-6 * scale, rtol=0)
 
 
 def test_ranks_and_win_rates() -> None:

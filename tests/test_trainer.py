@@ -138,13 +138,18 @@ def test_one_text_under_two_conditions_is_two_groups(monkeypatch: pytest.MonkeyP
     assert seen and all(len(unit) == 1 for unit in seen)
 
 
-def test_scorers_that_compare_samples_see_the_groups_that_the_algorithm_sees() -> None:
+def test_scorers_that_compare_samples_see_the_groups_that_the_algorithm_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": "a star", "negative_prompt": negative} for negative in ("two dog", "a red cat")]
     sizes: dict[str, Any] = {"prompts_per_epoch": 2, "samples_per_prompt": 4, "updates_per_epoch": 1, "epochs": 1}
     trainer = make(prompts=rows, reward={"name": "group_rank", "of": "brightness"}, **sizes)
-    samples, seen = trainer._plan(1), []
-    prepare = trainer.algorithm.prepare
-    trainer.algorithm.prepare = lambda groups, scores: (seen.append((groups, scores)), prepare(groups, scores))[1]
+    prepare, samples = trainer.algorithm.prepare, trainer._plan(1)
+    seen: list[Any] = []
+
+    def note(groups: Any, scores: Any) -> Any:
+        seen.append((groups, scores))
+        return prepare(groups, scores)
+
+    monkeypatch.setattr(trainer.algorithm, "prepare", note)
     list(trainer)
     ((groups, scores),) = seen
     assert groups == samples.groups and len(set(groups)) == 2
