@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from difftune.advantage import groups_of
+from difftune.prompts import told_apart
 from difftune.reward import reward
 from difftune.rewards._remote import Asking, BadReply, Questions, Remote, Sample, png, text_of
 from difftune.types import RewardOutput, UserError
@@ -89,14 +90,16 @@ class UnifiedReward(Asking):
         """Return the pictures with their prompts, or each two of a prompt in both orders."""
         files = [png(image) for image in images]
         if self.mode == "pair":
-            return [Sample((files[i], files[j]), prompts[i], {}) for i, j in ordered_pairs(prompts)]
+            pairs = ordered_pairs(told_apart(prompts, metadata))
+            return [Sample((files[i], files[j]), prompts[i], {}) for i, j in pairs]
         return [Sample((file,), prompt, {}) for file, prompt in zip(files, prompts, strict=True)]
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         """Return ``(B,)`` scores, with the aspects as parts."""
         rows = self.questions.answers(self.samples(images, prompts, metadata))
         if self.mode == "pair":
-            return RewardOutput(share_won([row["first"] for row in rows], prompts).to(images.device))
+            won = share_won([row["first"] for row in rows], told_apart(prompts, metadata))
+            return RewardOutput(won.to(images.device))
         columns = {name: torch.tensor([row[name] for row in rows], device=images.device) for name in rows[0]}
         total = torch.stack(list(columns.values())).mean(0)
         return RewardOutput(total, columns if self.mode == "aspects" else {})
@@ -117,20 +120,20 @@ class UnifiedReward(Asking):
         return [point_scores(text) if self.mode == "point" else aspect_scores(text)]
 
 
-def ordered_pairs(prompts: Sequence[str]) -> list[tuple[int, int]]:
+def ordered_pairs(groups: Sequence[str]) -> list[tuple[int, int]]:
     """Return every two samples of a prompt in both orders: these models favour a position."""
-    return [(i, j) for group in groups_of(prompts) for i in group for j in group if i != j]
+    return [(i, j) for group in groups_of(groups) for i in group for j in group if i != j]
 
 
-def share_won(verdicts: Sequence[float], prompts: Sequence[str]) -> Tensor:
+def share_won(verdicts: Sequence[float], groups: Sequence[str]) -> Tensor:
     """Return the share of its comparisons that each sample won ``(B,)``, 1/2 for one that is alone.
 
     Args:
         verdicts: for each of :func:`ordered_pairs`, 1 if its first won, 0 if its second, 1/2 for neither.
-        prompts: the prompts of the B samples.
+        groups: what tells the B samples' prompts apart.
     """
-    wins, counts = torch.zeros(len(prompts)), torch.zeros(len(prompts))
-    for (i, j), first in zip(ordered_pairs(prompts), verdicts, strict=True):
+    wins, counts = torch.zeros(len(groups)), torch.zeros(len(groups))
+    for (i, j), first in zip(ordered_pairs(groups), verdicts, strict=True):
         wins[i] += first
         wins[j] += 1 - first
         counts[i] += 1

@@ -206,6 +206,9 @@ def test_unified_reward_is_read_in_all_its_forms() -> None:
         ranks = expected(images)[[0, 1, 3]].argsort().argsort() / 2
         won = pairs(images, prompts).total
         assert won[[0, 1, 3]].tolist() == ranks.tolist() and won[[2, 4]].tolist() == [0.5, 0.5]
+        # One text under two conditions is two prompts.
+        told = [{"conditions": prompt} for prompt in prompts]
+        assert torch.equal(pairs(images, ["a"] * len(prompts), told).total, won)
     with pytest.raises(UserError, match="mode is 'both', expected point, aspects, pair"):
         build_reward("unified_reward", url="http://127.0.0.1:1", model="m", mode="both")
 
