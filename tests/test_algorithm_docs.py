@@ -129,6 +129,13 @@ def commands_of(name: str) -> str:
     return "\n\n".join(blocks)
 
 
+def curves_of(name: str) -> list[str]:
+    """Return the picture of the algorithm's measured curves, where there are any."""
+    if not (FOLDER.parent / "results" / f"{name}.svg").exists():
+        return []
+    return [f"[Measured](../results.md) on the embedded models:\n\n![Training reward of {name}](../results/{name}.svg)"]
+
+
 def generated(name: str) -> str:
     """Return what stands between the markers of an algorithm's page."""
     kind: Any = ALGORITHMS.get(name)
@@ -150,6 +157,7 @@ def generated(name: str) -> str:
             "\n".join(needs),
             "## Run it",
             commands_of(name),
+            *curves_of(name),
             "## Settings",
             f"Under `algorithm:`, with `name: {name}`.",
             settings_of(name),
