@@ -49,6 +49,7 @@ class Reward(ABC):
         range: the scores' range in words, e.g. ``[0, 1]``.
         weights: where the weights come from, empty when there are none.
         licence: licence of the weights, empty when there are none.
+        memory: what the weights take, without activations; empty when there are none.
         settings: the settings the scorer was built with, as far as they were given.
     """
 
@@ -60,6 +61,7 @@ class Reward(ABC):
     range: ClassVar[str] = ""
     weights: ClassVar[str] = ""
     licence: ClassVar[str] = ""
+    memory: ClassVar[str] = ""
     settings: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod

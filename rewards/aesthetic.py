@@ -35,6 +35,7 @@ class Aesthetic(ClipReward):
     range = "about 1 to 10, unbounded under training"
     weights = "user-supplied head; hub: openai/clip-vit-large-patch14"
     licence = "Apache-2.0 (heads), MIT (CLIP)"
+    memory = "1.6 GiB in fp32"
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ class AestheticV25(Reward):
     range = "about 1 to 10, unbounded under training"
     weights = "user-supplied head; hub: google/siglip-so400m-patch14-384"
     licence = "AGPL-3.0 (head), Apache-2.0 (SigLIP)"
+    memory = "1.6 GiB in fp32"
 
     def __init__(
         self,

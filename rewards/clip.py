@@ -32,6 +32,7 @@ class ClipScore(ClipReward):
     range = "[-1, 1] times scale"
     weights = "embedded (difftune/tiny-clip), or any CLIPModel"
     licence = "Apache-2.0 (embedded), else the model's"
+    memory = "1.6 GiB as ViT-L/14 in fp32"
 
     def __init__(
         self,

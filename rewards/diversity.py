@@ -52,6 +52,7 @@ class Diversity(ClipReward):
     range = "[0, 2]"
     weights = "embedded (difftune/tiny-clip), or any CLIP"
     licence = "Apache-2.0 (embedded), else the model's"
+    memory = "1.6 GiB as ViT-L/14 in fp32"
 
     def __init__(
         self,

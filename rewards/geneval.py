@@ -68,6 +68,7 @@ class GenEval(ClipReward):
     range = "[0, 1]"
     weights = "any yolos or detr, any CLIP; hub: hustvl/yolos-base, openai/clip-vit-large-patch14"
     licence = "Apache-2.0 (YOLOS), MIT (CLIP)"
+    memory = "2.1 GiB in fp32"
 
     def __init__(
         self,

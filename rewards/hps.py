@@ -34,6 +34,7 @@ class _Hps(ClipReward):
 
     range = "[-1, 1] times scale; about 0.15 to 0.35"
     licence = "Apache-2.0"
+    memory = "3.7 GiB in fp32"
     _file = ""
 
     def __init__(

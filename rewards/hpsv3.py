@@ -47,6 +47,7 @@ class HpsV3(Reward):
     range = "unbounded, about -5 to 15 with the published weights"
     weights = "hub: MizzenAI/HPSv3, on Qwen/Qwen2-VL-7B-Instruct"
     licence = "MIT (head), Apache-2.0 (Qwen2-VL)"
+    memory = "15.5 GiB in bf16"
 
     def __init__(
         self,

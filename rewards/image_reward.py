@@ -52,6 +52,7 @@ class ImageReward(Reward):
     range = "about [-2, 2]"
     weights = "hub: THUDM/ImageReward, ImageReward.pt"
     licence = "Apache-2.0"
+    memory = "1.7 GiB in fp32"
 
     def __init__(
         self,

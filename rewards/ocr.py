@@ -37,6 +37,7 @@ class Ocr(Reward):
     range = "[0, 1]"
     weights = "package rapidocr-onnxruntime: PP-OCRv4"
     licence = "Apache-2.0"
+    memory = "0.02 GiB"
 
     def __init__(self, match: Literal["edit", "exact"] = "edit", side: int = 320) -> None:
         if match not in ("edit", "exact"):

@@ -48,6 +48,7 @@ class OcrCtc(Reward):
     range = "at most 0"
     weights = "package rapidocr-onnxruntime: PP-OCRv4"
     licence = "Apache-2.0"
+    memory = "0.02 GiB"
 
     def __init__(self, find: bool = True, side: int = 320) -> None:
         file = package_file(self.name, "ocr", "rapidocr_onnxruntime", "models/ch_PP-OCRv4_rec_infer.onnx")

@@ -46,6 +46,7 @@ class Pal(ClipReward):
     range = "A: at most 0; B: [-100, 100]"
     weights = "user-supplied head; any CLIP"
     licence = "the weights' own"
+    memory = "1.6 GiB as ViT-L/14 in fp32"
 
     def __init__(
         self,

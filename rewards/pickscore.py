@@ -33,6 +33,7 @@ class PickScore(ClipReward):
     range = "about 15 to 26 with the published weights"
     weights = "hub: yuvalkirstain/PickScore_v1"
     licence = "MIT"
+    memory = "3.7 GiB in fp32"
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ class RemoteReward(Asking):
     range = "the server's"
     weights = "the server's"
     licence = "the server's"
+    memory = "the server's"
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ class RewardDance(Reward):
     range = "[0, 1]"
     weights = "any model of the families llava, qwen2_vl, qwen2_5_vl"
     licence = "the model's"
+    memory = "4.1 GiB as Qwen2-VL-2B in bf16"
 
     def __init__(
         self,

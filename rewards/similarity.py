@@ -36,6 +36,7 @@ class _Likeness(ClipReward):
     needs = MappingProxyType({"reference": NEED})
     weights = "embedded (difftune/tiny-clip), or any CLIP"
     licence = "Apache-2.0 (embedded), else the model's"
+    memory = "1.6 GiB as ViT-L/14 in fp32"
 
     def likeness(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Return ``(B,)`` cosines, the mean over a sample's references."""

@@ -32,6 +32,7 @@ class SocialReward(ClipReward):
     range = "[-1, 1] times scale"
     weights = "user-supplied"
     licence = "the weights' own"
+    memory = "1.6 GiB as ViT-L/14 in fp32"
 
     def __init__(
         self,

@@ -61,6 +61,7 @@ class UnifiedReward(Asking):
     range = "[0, 1]"
     weights = "served; hub: CodeGoat24/UnifiedReward-qwen-7b and others"
     licence = "MIT"
+    memory = "the server's"
 
     def __init__(
         self,

@@ -60,6 +60,7 @@ class VideoReward(Reward):
     range = "unbounded, about -6 to 6: three standardised scores"
     weights = "hub: KwaiVGI/VideoReward, on Qwen/Qwen2-VL-2B-Instruct"
     licence = "MIT (VideoAlign), Apache-2.0 (Qwen2-VL)"
+    memory = "4.1 GiB in bf16"
 
     def __init__(
         self,

@@ -50,6 +50,7 @@ class VlmRm(ClipReward):
     range = "[-1, 1] for alpha = 0, at most 1 otherwise"
     weights = "embedded (difftune/tiny-clip), or any CLIP"
     licence = "Apache-2.0 (embedded), else the model's"
+    memory = "1.6 GiB as ViT-L/14 in fp32"
 
     def __init__(
         self,

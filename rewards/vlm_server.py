@@ -53,6 +53,7 @@ class VlmServer(Asking):
     range = "[0, 1]"
     weights = "the server's"
     licence = "the server's"
+    memory = "the server's"
 
     def __init__(
         self,

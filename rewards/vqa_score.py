@@ -47,6 +47,7 @@ class VqaScore(Reward):
     range = "[0, 1]"
     weights = "embedded (difftune/tiny-vlm), or any model of the families llava, qwen2_vl, qwen2_5_vl"
     licence = "Apache-2.0 (embedded), else the model's"
+    memory = "4.1 GiB as Qwen2-VL-2B in bf16"
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
 """Memory and time of scorers at the size of their published weights, which are random here: run it as a program.
 
-    python tests/full_size_rewards.py [NAME ...] [--threads 1]
+    python tests/full_size_rewards.py [NAME ...] [--threads 1] [--computed]
 
 Each scorer is written into a temporary folder by one process and measured by another: parameters, the most memory that
-the process held, and the processor's seconds per picture of 512 x 512 pixels, after a first call.
+the process held, and the processor's seconds per picture of 512 x 512 pixels, after a first call. With ``--computed``,
+and for the largest, the weights are only counted, and what they alone take is printed.
 """
 
 from __future__ import annotations
@@ -15,20 +16,46 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from difftune.reward import build_reward
 from difftune.zoo import model_path
 
+COUNTED: list[tuple[int, int]] = []
+"""Numbers and bytes of the weights that were asked for while :data:`COUNTING`."""
 
-def saved(folder: Path, network: Any, dtype: torch.dtype = torch.float32) -> str:
-    """Write a network, whose weights hardly matter but must not be subnormal, and return its folder."""
-    network.to(dtype).save_pretrained(folder)
+COUNTING: list[bool] = []
+"""Not empty where weights are to be counted and not written."""
+
+
+def filled(shapes: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Return small numbers in the shapes of a state dict: the same few thousand, over and over, which is quick."""
+    numbers = {key: value.numel() for key, value in shapes.items()}
+    if COUNTING:
+        COUNTED.append((sum(numbers.values()), dtype.itemsize * sum(numbers.values())))
+        return {}
+    few = 0.02 * torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return {key: few.repeat(size // 4096 + 1)[:size].view(shapes[key].shape) for key, size in numbers.items()}
+
+
+def saved(folder: Path, kind: Any, config: Any, dtype: torch.dtype = torch.float32) -> str:
+    """Write a network of this class in transformers' layout, and return its folder."""
+    from safetensors.torch import save_file
+
+    with torch.device("meta"):
+        network = kind(config)
+    state = network.state_dict()
+    for key in getattr(network, "_tied_weights_keys", None) or ():
+        if config.tie_word_embeddings:
+            state.pop(key, None)
+    folder.mkdir(exist_ok=True)
+    config.architectures, config.dtype = [kind.__name__], dtype
+    config.save_pretrained(folder)
+    save_file(filled(state, dtype), folder / "model.safetensors", {"format": "pt"})
     return str(folder)
 
 
@@ -46,7 +73,7 @@ def clip(folder: Path, width: int, layers: int, text: int, text_layers: int, dim
     )
     CLIPImageProcessor().save_pretrained(folder / "clip")
     CLIPTokenizer.from_pretrained(model_path("difftune/tiny-clip")).save_pretrained(folder / "clip")
-    return {"model": saved(folder / "clip", CLIPModel(config))}
+    return {"model": saved(folder / "clip", CLIPModel, config)}
 
 
 def large(folder: Path) -> dict[str, Any]:
@@ -64,9 +91,8 @@ def head(width: int, numbers: tuple[int, ...], prefix: str) -> dict[str, torch.T
     sizes = (width, 1024, 128, 64, 16, 1)
     state: dict[str, torch.Tensor] = {}
     for number, rows, columns in zip(numbers, sizes[1:], sizes, strict=False):
-        layer = nn.Linear(columns, rows)
-        state |= {f"{prefix}.{number}.weight": layer.weight.detach(), f"{prefix}.{number}.bias": layer.bias.detach()}
-    return state
+        state |= {f"{prefix}.{number}.weight": torch.empty(rows, columns), f"{prefix}.{number}.bias": torch.empty(rows)}
+    return filled(state)
 
 
 def aesthetic(folder: Path) -> dict[str, Any]:
@@ -89,7 +115,7 @@ def siglip(folder: Path) -> dict[str, Any]:
     )
     SiglipImageProcessor(size={"height": 384, "width": 384}).save_pretrained(folder / "siglip")
     torch.save(head(1152, (0, 2, 4, 6, 8), "scoring_head"), folder / "head.pth")
-    return {"model": saved(folder / "siglip", SiglipVisionModel(config)), "head": str(folder / "head.pth")}
+    return {"model": saved(folder / "siglip", SiglipVisionModel, config), "head": str(folder / "head.pth")}
 
 
 def detector(folder: Path) -> dict[str, Any]:
@@ -98,45 +124,99 @@ def detector(folder: Path) -> dict[str, Any]:
 
     labels = {index: ("cup" if index == 0 else f"kind{index}") for index in range(91)}
     config = YolosConfig(image_size=[800, 1344], id2label=labels)
-    found = saved(folder / "yolos", YolosForObjectDetection(config))
+    found = saved(folder / "yolos", YolosForObjectDetection, config)
     return {**large(folder), "tokenizer": str(folder / "clip"), "detector": found}
+
+
+def hps(folder: Path) -> dict[str, Any]:
+    """Write a ViT-H/14 as HPS v2.1 is published, and a tokenizer."""
+    from reward_makers import OpenClip
+
+    with torch.device("meta"):
+        network = OpenClip(224, 14, (1280, 16, 32), (1024, 16, 24), 1024, 77, 49408, ratio=4)
+    torch.save({"state_dict": filled(network.state_dict())}, folder / "HPS_v2.1_compressed.pt")
+    return {"model": str(folder / "HPS_v2.1_compressed.pt"), "tokenizer": str(model_path("difftune/tiny-clip"))}
+
+
+def image_reward(folder: Path) -> dict[str, Any]:
+    """Write BLIP-large (ViT-L/16 at 224 pixels, BERT-base) and the head, as ImageReward is published."""
+    from reward_makers import image_reward_file, image_reward_state
+
+    settings = image_reward_file(folder)
+    sizes: dict[str, Any] = {
+        "width": 1024,
+        "text": 768,
+        "layers": (24, 12),
+        "inner": (4096, 3072),
+        "places": (197, 512),
+    }
+    state = image_reward_state(**sizes, words=30524)
+    state = {key: value for key, value in state.items() if not key.startswith("mlp.")}
+    config = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "encoder_width": 1024}
+    (folder / "med_config.json").write_text(json.dumps(config))
+    torch.save({**filled(state), **head(768, (0, 2, 4, 6, 7), "mlp.layers")}, settings["model"])
+    return settings
+
+
+def qwen_config(width: int, inner: int, heads: int, groups: int, words: int, tied: bool) -> Any:
+    """Return the configuration of a Qwen2-VL, whose vision tower is always the same."""
+    from transformers import Qwen2VLConfig
+
+    return Qwen2VLConfig(
+        text_config={
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_hidden_layers": 28,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "vocab_size": words,
+            "tie_word_embeddings": tied,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision_config={"hidden_size": width},
+        image_token_id=2,
+        video_token_id=298,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        tie_word_embeddings=tied,
+    )
 
 
 def qwen(folder: Path) -> dict[str, Any]:
     """Write Qwen2-VL-2B, in bf16."""
     from reward_makers import byte_tokenizer
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
+    from transformers import Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
     byte_tokenizer(folder / "qwen")
-    config = Qwen2VLConfig(
-        text_config={
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-        },
-        vision_config={"hidden_size": 1536},
-        image_token_id=2,
-        video_token_id=298,
-        vision_start_token_id=3,
-        vision_end_token_id=4,
-        tie_word_embeddings=True,
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    network = Qwen2VLForConditionalGeneration(config)
-    torch.set_default_dtype(before)
+    config = qwen_config(1536, 8960, 12, 2, 151936, True)
     Qwen2VLImageProcessor().save_pretrained(folder / "qwen")
-    return {"model": saved(folder / "qwen", network, torch.bfloat16), "dtype": "bfloat16"}
+    model = saved(folder / "qwen", Qwen2VLForConditionalGeneration, config, torch.bfloat16)
+    return {"model": model, "dtype": "bfloat16"}
+
+
+def hpsv3(folder: Path) -> dict[str, Any]:
+    """Lay out Qwen2-VL-7B, in bf16, and the head of three layers."""
+    from transformers import Qwen2VLForConditionalGeneration
+
+    saved(
+        folder / "qwen", Qwen2VLForConditionalGeneration, qwen_config(3584, 18944, 28, 4, 152064, False), torch.bfloat16
+    )
+    filled({f"{rows}": torch.empty(rows, columns + 1) for rows, columns in ((1024, 3584), (16, 1024), (2, 16))})
+    return {}
+
+
+def video_reward(folder: Path) -> dict[str, Any]:
+    """Lay out Qwen2-VL-2B, in bf16, and the head without bias."""
+    qwen(folder)
+    filled({"head": torch.empty(3, 1536)})
+    return {}
 
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "clip_score": large,
     "pickscore": huge,
+    "hpsv2_1": hps,
+    "image_reward": image_reward,
     "aesthetic": aesthetic,
     "aesthetic_v25": siglip,
     "geneval": detector,
@@ -144,6 +224,10 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "nsfw": lambda folder: {},
     "ocr": lambda folder: {},
 }
+
+
+TOO_LARGE: dict[str, Callable[[Path], dict[str, Any]]] = {"hpsv3": hpsv3, "video_reward": video_reward}
+"""Scorers whose weights are counted and not measured."""
 
 
 def measure(name: str, folder: Path) -> dict[str, float]:
@@ -161,11 +245,23 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     return {"million": parameters / 1e6, "gib": peak, "seconds": seconds}
 
 
+def computed(name: str) -> tuple[float, float]:
+    """Return parameters and GiB of a scorer's weights, which are laid out and not written."""
+    COUNTED.clear()
+    COUNTING.append(True)
+    with tempfile.TemporaryDirectory() as folder:
+        {**CASES, **TOO_LARGE}[name](Path(folder))
+    COUNTING.clear()
+    return sum(numbers for numbers, _ in COUNTED), sum(size for _, size in COUNTED) / 2**30
+
+
 def main() -> None:
     """Measure the named scorers and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(CASES)}; all by default")
+    known = [*CASES, *TOO_LARGE]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(known)}; all by default")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--computed", action="store_true", help="count the weights, and measure nothing")
     parser.add_argument("--stage", choices=["write", "measure"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -177,7 +273,11 @@ def main() -> None:
         print(json.dumps(measure(chosen.names[0], chosen.folder)))
         return
     print("| scorer | parameters | memory | seconds per picture |\n|---|---:|---:|---:|")
-    for name in chosen.names or CASES:
+    for name in chosen.names or known:
+        if chosen.computed or name in TOO_LARGE:
+            parameters, memory = computed(name)
+            print(f"| `{name}` | {parameters / 1e6:.0f} M | {memory:.1f} GiB, computed | not measured |", flush=True)
+            continue
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, __file__, name, "--folder", folder, "--threads", str(chosen.threads)]
             subprocess.run([*command, "--stage", "write"], check=True, stderr=subprocess.DEVNULL)

@@ -42,13 +42,13 @@ def randomised(module: nn.Module, seed: int, std: float = 0.15) -> nn.Module:
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, ratio: int = 3) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_2 = nn.LayerNorm(width)
-        layers = [("c_fc", nn.Linear(width, 3 * width)), ("gelu", nn.GELU()), ("c_proj", nn.Linear(3 * width, width))]
-        self.mlp = nn.Sequential(OrderedDict(layers))
+        ends = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
+        self.mlp = nn.Sequential(OrderedDict([("c_fc", ends[0]), ("gelu", nn.GELU()), ("c_proj", ends[1])]))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = self.ln_1(x)
@@ -57,9 +57,9 @@ class _Block(nn.Module):
 
 
 class _Blocks(nn.Module):
-    def __init__(self, width: int, heads: int, depth: int) -> None:
+    def __init__(self, width: int, heads: int, depth: int, ratio: int = 3) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.resblocks = nn.ModuleList(_Block(width, heads, ratio) for _ in range(depth))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for block in self.resblocks:
@@ -68,13 +68,13 @@ class _Blocks(nn.Module):
 
 
 class _Visual(nn.Module):
-    def __init__(self, width: int, heads: int, depth: int, image: int, patch: int, dims: int) -> None:
+    def __init__(self, width: int, heads: int, depth: int, image: int, patch: int, dims: int, ratio: int = 3) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros((image // patch) ** 2 + 1, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = _Blocks(width, heads, depth)
+        self.transformer = _Blocks(width, heads, depth, ratio)
         self.proj = nn.Parameter(torch.zeros(width, dims))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -84,16 +84,34 @@ class _Visual(nn.Module):
 
 
 class OpenClip(nn.Module):
-    """OpenCLIP's two towers with its names: vision 128 wide (2 heads), text 64 wide (1 head), 32 dimensions."""
+    """OpenCLIP's two towers with its names.
 
-    def __init__(self, image: int = 64, context: int = 16, vocabulary: int = 607) -> None:
+    Args:
+        image, patch: sides of the picture and of a patch.
+        vision, text: width, heads and layers of the towers.
+        dims: of the embedding.
+        context, vocabulary: of the text.
+        ratio: of the perceptrons' width to the tower's.
+    """
+
+    def __init__(
+        self,
+        image: int = 64,
+        patch: int = 16,
+        vision: tuple[int, int, int] = (128, 2, 2),
+        text: tuple[int, int, int] = (64, 1, 2),
+        dims: int = 32,
+        context: int = 16,
+        vocabulary: int = 607,
+        ratio: int = 3,
+    ) -> None:
         super().__init__()
-        self.visual = _Visual(128, 2, 2, image, 16, 32)
-        self.transformer = _Blocks(64, 1, 2)
-        self.token_embedding = nn.Embedding(vocabulary, 64)
-        self.positional_embedding = nn.Parameter(torch.zeros(context, 64))
-        self.ln_final = nn.LayerNorm(64)
-        self.text_projection = nn.Parameter(torch.zeros(64, 32))
+        self.visual = _Visual(*vision, image, patch, dims, ratio)
+        self.transformer = _Blocks(*text, ratio)
+        self.token_embedding = nn.Embedding(vocabulary, text[0])
+        self.positional_embedding = nn.Parameter(torch.zeros(context, text[0]))
+        self.ln_final = nn.LayerNorm(text[0])
+        self.text_projection = nn.Parameter(torch.zeros(text[0], dims))
         self.logit_scale = nn.Parameter(torch.tensor(2.5))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -109,7 +127,7 @@ class OpenClip(nn.Module):
         return torch.cosine_similarity(self.visual(pixels), self.encode_text(tokens))
 
 
-def open_clip(seed: int = 0, **geometry: int) -> OpenClip:
+def open_clip(seed: int = 0, **geometry: Any) -> OpenClip:
     """Return a random one."""
     model = randomised(OpenClip(**geometry), seed)
     assert isinstance(model, OpenClip)
@@ -216,8 +234,19 @@ def pal_file(folder: Path) -> dict[str, Any]:
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a red circle two yellow stars three on the of photo cat".split()
 
 
-def image_reward_state(seed: int = 0) -> dict[str, Tensor]:
-    """Return ImageReward's flat state dict: a ViT 128 wide (2 heads), a BERT 64 wide (4 heads), 2 layers each."""
+def image_reward_state(
+    seed: int = 0,
+    width: int = 128,
+    text: int = 64,
+    layers: tuple[int, int] = (2, 2),
+    inner: tuple[int, int] = (200, 100),
+    places: tuple[int, int] = (17, 40),
+    words: int = len(WORDS) + 2,
+) -> dict[str, Tensor]:
+    """Return ImageReward's flat state dict: a ViT 128 wide (2 heads), a BERT 64 wide (4 heads), 2 layers each.
+
+    ``layers``, ``inner`` (the perceptrons' widths) and ``places`` are those of the ViT and of the BERT.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int, around: float = 0.0) -> Tensor:
@@ -231,33 +260,35 @@ def image_reward_state(seed: int = 0) -> dict[str, Tensor]:
 
     eye, ear = "blip.visual_encoder", "blip.text_encoder"
     state = {
-        f"{eye}.cls_token": rand(1, 1, 128),
-        f"{eye}.pos_embed": rand(1, 17, 128),
-        f"{eye}.patch_embed.proj.weight": rand(128, 3, 16, 16),
-        f"{eye}.patch_embed.proj.bias": rand(128),
-        **norm(f"{eye}.norm", 128),
-        f"{ear}.embeddings.position_ids": torch.arange(40)[None],
-        f"{ear}.embeddings.word_embeddings.weight": rand(len(WORDS) + 2, 64),
-        f"{ear}.embeddings.position_embeddings.weight": rand(40, 64),
-        **norm(f"{ear}.embeddings.LayerNorm", 64),
-        **linear("blip.vision_proj", 16, 128),
-        **linear("blip.text_proj", 16, 64),
+        f"{eye}.cls_token": rand(1, 1, width),
+        f"{eye}.pos_embed": rand(1, places[0], width),
+        f"{eye}.patch_embed.proj.weight": rand(width, 3, 16, 16),
+        f"{eye}.patch_embed.proj.bias": rand(width),
+        **norm(f"{eye}.norm", width),
+        f"{ear}.embeddings.position_ids": torch.arange(places[1])[None],
+        f"{ear}.embeddings.word_embeddings.weight": rand(words, text),
+        f"{ear}.embeddings.position_embeddings.weight": rand(places[1], text),
+        **norm(f"{ear}.embeddings.LayerNorm", text),
+        **linear("blip.vision_proj", 16, width),
+        **linear("blip.text_proj", 16, text),
     }
-    for n in range(2):
-        block, layer = f"{eye}.blocks.{n}", f"{ear}.encoder.layer.{n}"
-        state |= {**norm(f"{block}.norm1", 128), **norm(f"{block}.norm2", 128)}
-        state |= {**linear(f"{block}.attn.qkv", 384, 128), **linear(f"{block}.attn.proj", 128, 128)}
-        state |= {**linear(f"{block}.mlp.fc1", 200, 128), **linear(f"{block}.mlp.fc2", 128, 200)}
-        for kind, width in (("attention", 64), ("crossattention", 128)):
-            state |= linear(f"{layer}.{kind}.self.query", 64, 64)
-            state |= linear(f"{layer}.{kind}.self.key", 64, width)
-            state |= linear(f"{layer}.{kind}.self.value", 64, width)
-            state |= linear(f"{layer}.{kind}.output.dense", 64, 64)
-            state |= norm(f"{layer}.{kind}.output.LayerNorm", 64)
-        state |= linear(f"{layer}.intermediate.dense", 100, 64)
-        state |= linear(f"{layer}.output.dense", 64, 100)
-        state |= norm(f"{layer}.output.LayerNorm", 64)
-    return {**state, **linear_head(64, (0, 2, 4, 6, 7), "mlp.layers")}
+    for n in range(layers[0]):
+        block = f"{eye}.blocks.{n}"
+        state |= {**norm(f"{block}.norm1", width), **norm(f"{block}.norm2", width)}
+        state |= {**linear(f"{block}.attn.qkv", 3 * width, width), **linear(f"{block}.attn.proj", width, width)}
+        state |= {**linear(f"{block}.mlp.fc1", inner[0], width), **linear(f"{block}.mlp.fc2", width, inner[0])}
+    for n in range(layers[1]):
+        layer = f"{ear}.encoder.layer.{n}"
+        for kind, keys in (("attention", text), ("crossattention", width)):
+            state |= linear(f"{layer}.{kind}.self.query", text, text)
+            state |= linear(f"{layer}.{kind}.self.key", text, keys)
+            state |= linear(f"{layer}.{kind}.self.value", text, keys)
+            state |= linear(f"{layer}.{kind}.output.dense", text, text)
+            state |= norm(f"{layer}.{kind}.output.LayerNorm", text)
+        state |= linear(f"{layer}.intermediate.dense", inner[1], text)
+        state |= linear(f"{layer}.output.dense", text, inner[1])
+        state |= norm(f"{layer}.output.LayerNorm", text)
+    return {**state, **linear_head(text, (0, 2, 4, 6, 7), "mlp.layers")}
 
 
 def image_reward_file(folder: Path) -> dict[str, Any]:

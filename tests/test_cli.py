@@ -555,7 +555,8 @@ def test_list_describes_a_reward(place: Path, capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert out.startswith("product\n  1 x scene\n  3 x affine {scale: 2.0}\n    1 x jpeg_compressibility\nrange ")
     assert cli.main(["list", "rewards", "clip_score"]) == 0  # no weights are loaded for it
-    assert re.search(r"^licence +\S", capsys.readouterr().out, re.M)
+    out = capsys.readouterr().out
+    assert re.search(r"^licence +\S", out, re.M) and re.search(r"^memory +1\.6 GiB", out, re.M)
 
 
 def test_list_describes_only_rewards_that_there_are(capsys: Capture) -> None:

@@ -15,17 +15,19 @@ START, END = "<!-- rewards: begin -->", "<!-- rewards: end -->"
 
 def table() -> str:
     """Return the table of the rewards that ship with the package, as Markdown."""
-    lines = ["| name | what it says | range | gradients | needs | weights | their licence |", "|" + "---|" * 7]
+    lines = ["| name | what it says | range | gradients | needs | weights | their licence | memory |"]
+    lines.append("|" + "---|" * 8)
     for name in REWARDS:
         kind: Any = REWARDS.get(name)
         if not REWARDS.origin(name).startswith("difftune.rewards."):
             continue
         assert inspect.isclass(REWARDS.get(name)), f"{name} is a function; the shipped rewards are classes"
+        assert bool(kind.weights) == bool(kind.licence) == bool(kind.memory), f"{name} says only some of it"
         first = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ").replace("``", "`").rstrip(".")
         needs = ", ".join(f"`{key}`" for key in kind.needs) + (" the prompt's group" if kind.groupwise else "")
         made_of = "of" in inspect.signature(kind).parameters
         gradients = "no" if not kind.differentiable else "as its terms" if made_of else "yes"
-        cells = [f"`{name}`", first, kind.range, gradients, needs, kind.weights, kind.licence]
+        cells = [f"`{name}`", first, kind.range, gradients, needs, kind.weights, kind.licence, kind.memory]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").strip() for cell in cells) + " |")
     return "\n".join(lines)
 

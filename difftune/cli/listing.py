@@ -89,6 +89,7 @@ def _reward_facts(spec: str) -> list[str]:
         "video": "yes: takes the frames together" if found.video else "",
         "weights": found.weights,
         "licence": found.licence,
+        "memory": found.memory,
         "settings": ", ".join(given),
     }
     return [*lines, *(f"{key:<16}{value}" for key, value in facts.items() if value)]
