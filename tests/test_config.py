@@ -349,6 +349,19 @@ def test_changed_keys_name_what_alters_results() -> None:
     assert cf.changed_keys(old, old) == []
 
 
+def test_a_setting_that_an_old_file_does_not_know_is_its_default() -> None:
+    new = cf.resolve(cf.validate(MINIMAL))
+    old = cf.parse_yaml(cf.to_yaml(new), "x")
+    del old["model"]["vae_tiling"], old["algorithm"]["adam_eps"], old["sampler"]["initial_noise"], old["monitor"]
+    assert cf.changed_keys(old, new) == []
+    tiled = {**new, "model": {**new["model"], "vae_tiling": True}}
+    assert cf.changed_keys(old, tiled) == ["model.vae_tiling"]
+    # Nor does a preset tell afterwards what it did not set then.
+    assert cf.changed_keys({**old, "preset": "8GB"}, tiled) == ["model.vae_tiling"]
+    # A file that is no configuration any more is compared as it is.
+    assert "gone" in cf.changed_keys({**new, "gone": 1}, new)
+
+
 # -- objects -----------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from difftune.config.schema import RunConfig
+from difftune.types import UserError
 
 HARMLESS = (
     "out",
@@ -60,10 +63,22 @@ def published(config: RunConfig) -> dict[str, Any]:
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return the dotted keys in which two resolved configurations differ such that a resumed run would be another."""
-    before, after = dict(_flat(old)), dict(_flat(new))
+    """Return the dotted keys in which two resolved configurations differ such that a resumed run would be another.
+
+    What ``old`` does not say, since it was written before there was such a setting, is the setting's default.
+    """
+    before, after = dict(_flat(_completed(old))), dict(_flat(new))
     differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return sorted(key for key in differing if key.split(".")[0] not in HARMLESS and key not in HARMLESS)
+
+
+def _completed(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``data`` with defaults where it says nothing; as it is, if it is no valid configuration any more."""
+    try:
+        # Without its preset: what the preset sets stands in the file, and what it has come to set since was not set.
+        return resolve(RunConfig.model_validate({key: value for key, value in data.items() if key != "preset"}))
+    except (ValidationError, UserError):
+        return data
 
 
 def _flat(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:
