@@ -250,19 +250,29 @@ class Questions(Generic[T]):
         self._known: OrderedDict[str, T] = OrderedDict()
         self._channel: Channel | None = None
         self._begun: dict[str, tuple[Future[list[T]], int]] = {}
+        self._held: dict[str, Sample] = {}
 
     def begin(self, samples: Sequence[Sample]) -> None:
-        """Ask about samples in the background; what comes of it is seen by :meth:`answers`."""
+        """Ask about samples in the background; what comes of it is seen by :meth:`answers`.
+
+        What does not fill a request is held back until more samples do, or until answers are wanted.
+        """
         keyed = [(sample.key(), sample) for sample in samples]
-        wanted = {key: sample for key, sample in keyed if key not in self._known and key not in self._begun}
-        self._channel = self._channel or Channel(self.server)
-        for keys, payload in self._requests(wanted):
+        self._held.update((key, s) for key, s in keyed if key not in self._known and key not in self._begun)
+        self._send(len(self._held) // self.batch_size * self.batch_size)
+
+    def _send(self, count: int) -> None:
+        """Ask about the first ``count`` samples that are held back."""
+        sent = {key: self._held.pop(key) for key in list(self._held)[:count]}
+        for keys, payload in self._requests(sent):
+            self._channel = self._channel or Channel(self.server)
             future = self._channel.post(payload, lambda reply, asked=payload: self.read(asked, reply))  # type: ignore[misc]
             self._begun.update({key: (future, place) for place, key in enumerate(keys)})
 
     def drop(self) -> None:
         """Give up what was begun and has not been answered."""
         self._begun.clear()
+        self._held.clear()
         if self._channel is not None:
             self._channel.close()
         self._channel = None
@@ -275,6 +285,7 @@ class Questions(Generic[T]):
             UserError: the server refuses.
         """
         end = time.monotonic() + self.server.deadline
+        self._send(len(self._held))
         keys = [sample.key() for sample in samples]
         found = {key: self._known[key] for key in keys if key in self._known} if self.remember else {}
         for key in keys:
@@ -319,7 +330,7 @@ class Asking(Reward):
         """Return what is asked about pictures ``(B, 3, H, W)``."""
 
     def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Send the requests and return."""
+        """Send the requests that are full and return."""
         for frame in images.unbind(1) if images.ndim == 5 else (images,):
             self.questions.begin(self.samples(frame, prompts, metadata))
 

@@ -141,6 +141,31 @@ def test_what_fails_in_the_background_is_asked_again() -> None:
         assert set(server.counts) & set(FAULTS)
 
 
+def test_samples_drawn_one_at_a_time_fill_requests() -> None:
+    """Seventeen samples, eight to a request: two full ones while they are drawn, and the last when it is wanted."""
+    images, prompts, sizes = pictures(17), [f"prompt {index}" for index in range(17)], []
+
+    def counting(body: dict[str, Any]) -> dict[str, Any]:
+        sizes.append(len(body["images"]))
+        return brightness(body)
+
+    with serving(counting) as server:
+        score = build_reward("remote", url=server.url, batch_size=8)
+        for row in range(17):
+            score.begin(images[row : row + 1], prompts[row : row + 1], [{}])
+        began = time.monotonic()
+        while server.counts["fine"] < 2 and time.monotonic() - began < 5:
+            time.sleep(0.01)
+        assert server.counts["fine"] == 2
+        total = score(images, prompts).total
+        assert sorted(sizes) == [1, 8, 8]
+        assert torch.equal(total, build_reward("remote", url=server.url, batch_size=1)(images, prompts).total)
+        # What is held back is given up with the rest.
+        score.begin(pictures(1, seed=1), ["a"], [{}])
+        score.drop()
+        assert torch.equal(score(images[:1], prompts[:1]).total, total[:1]) and sizes[3:] == [1] * 17
+
+
 def test_a_refusal_is_raised_by_the_call_and_not_before() -> None:
     with serving(rate=1.0, faults=("forbidden",)) as server:
         score = remote(server, deadline=30)
@@ -165,15 +190,17 @@ def test_what_hangs_is_given_up_without_waiting() -> None:
 
 
 def test_terms_and_chosen_frames_are_begun(server: FaultServer) -> None:
-    """A combination lets its terms begin, on a film's chosen frames alone, and no picture is asked for twice."""
+    """A combination lets its terms begin, on a film's chosen frames alone, and no picture is asked for twice;
+    the frames of a film share a request."""
     films = torch.stack([pictures(4, seed) for seed in range(6)], 1)
     score = build_reward("segmental", segments=2, of={"name": "sigmoid", "of": {"name": "remote", "url": server.url}})
     score.begin(films, ["a"] * 4, [{}] * 4)
     began = time.monotonic()
-    while server.counts["fine"] < 2 and time.monotonic() - began < 5:
+    while server.counts["fine"] < 1 and time.monotonic() - began < 5:
         time.sleep(0.01)
+    assert server.counts["fine"] == 1
     assert len(score(films, ["a"] * 4).total) == 4
-    assert server.counts["fine"] == 2
+    assert server.counts["fine"] == 1
 
 
 def test_pairs_within_a_batch_are_begun() -> None:
