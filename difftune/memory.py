@@ -275,6 +275,28 @@ def brought(things: Iterable[Any], device: torch.device | str, idle: bool) -> It
 # -- memory that is exhausted ----------------------------------------------------------------------------------------
 
 
+#: What backends say that raise no torch.OutOfMemoryError: HIP, MPS, the host, HPU and
+#: cuDNN, as accelerate knows them, and cuBLAS.
+_EXHAUSTED = (
+    " out of memory.",
+    "MPS backend out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed",
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Return whether an error says that a memory is exhausted: the GPU's, Apple's, the host's or cuBLAS's workspace."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # Ours may quote such a line, after all that can be tried was.
+    if isinstance(error, UserError) or not isinstance(error, RuntimeError):
+        return False
+    return any(line in str(error) for line in _EXHAUSTED)
+
+
 def out_of_memory(what: str, size: int, error: BaseException) -> str:
     """Return the line that says what to do when ``size`` samples in ``what`` are too many and cannot be made fewer."""
     return (

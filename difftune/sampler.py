@@ -41,7 +41,7 @@ from difftune.drivers import (
     Retracer,
     StepView,
 )
-from difftune.memory import free_memory, out_of_memory
+from difftune.memory import free_memory, is_exhausted, out_of_memory
 from difftune.noise import KeyedDraws, KeyedGenerator, keyed_generator, keyed_noise
 from difftune.policy import Policy, pipeline_modules
 from difftune.prompt_cache import PromptCache
@@ -167,6 +167,10 @@ class Sampler:
         """Rows of the batches of these passes: the papers' denoiser calls (a guided step of one picture is two)."""
         return self._tap.rows
 
+    def uncount(self, calls: int, rows: int) -> None:
+        """Go back to these numbers of passes and rows: those since then belong to an attempt that failed."""
+        self._tap.calls, self._tap.rows = calls, rows
+
     # -- record ------------------------------------------------------------------------------------------
 
     def rollout(
@@ -200,14 +204,18 @@ class Sampler:
         while (start := sum(map(len, parts))) < len(prompts):
             rows = slice(start, start + self.batch_size)
             batch = {name: value[rows] for name, value in (conditions or {}).items()}
+            size, cost = len(prompts[rows]), (self.denoiser_calls, self.denoiser_rows)
             try:
                 parts.append(self._record(prompts[rows], keys[rows], batch, decode))
                 continue
-            except torch.OutOfMemoryError as error:
-                if self.batch_size == 1 or not self.shrinks:
-                    raise UserError(out_of_memory("a rollout", self.batch_size, error)) from None
+            except Exception as error:
+                if not is_exhausted(error):
+                    raise
+                if size == 1 or not self.shrinks:
+                    raise UserError(out_of_memory("a rollout", size, error)) from None
             # Outside of the handler, which holds on to what did not fit. The noise is the samples' own.
-            self.batch_size //= 2
+            self.batch_size = size // 2
+            self.uncount(*cost)
             free_memory()
             warnings.warn(
                 f"out of memory: sampler.batch_size is {self.batch_size} from here on, and the samples stay the same; "
@@ -573,12 +581,12 @@ class Sampler:
             if hasattr(self.policy.pipe, "maybe_free_model_hooks"):
                 self.policy.pipe.maybe_free_model_hooks()
             return None
-        except (UserError, ParityError, NonFiniteError, torch.OutOfMemoryError):
+        except (UserError, ParityError, NonFiniteError):
             raise
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             for module, processor in processors.items():
                 module.processor = processor
-            if not skipped or not driver.restart():
+            if is_exhausted(error) or not skipped or not driver.restart():
                 raise
             # Pipelines that read what the denoiser leaves behind (self-attention guidance) cannot do without it.
             self._skips = False
@@ -617,7 +625,8 @@ class Sampler:
                 raise
             except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
                 begun = state.entered or self._tap.calls > calls
-                if begun or isinstance(error, (UserError, torch.OutOfMemoryError)) or "output_type" in str(error):
+                final = isinstance(error, UserError) or is_exhausted(error)
+                if begun or final or "output_type" in str(error):
                     raise
                 failure = failure or error
             else:

@@ -30,7 +30,7 @@ from difftune import checkpoint
 from difftune.algorithm import Algorithm, Batch, Context, Plan, Prepared
 from difftune.export import save_adapter, save_weights
 from difftune.labelled import LabelledPictures
-from difftune.memory import brought, free_memory, out_of_memory
+from difftune.memory import brought, free_memory, is_exhausted, out_of_memory
 from difftune.monitor import Monitor, MonitorAlarm, MonitorConfig
 from difftune.policy import Policy
 from difftune.processes import Processes, even_shares
@@ -549,20 +549,24 @@ class Trainer:
         units = [unit for unit in minibatch if evidence.owner[unit[0]] == self.processes.rank]
         # What a pass over a part of the minibatch has changed is taken back before it is begun again.
         kept = copy.deepcopy((self.algorithm.state_dict(), self.reward.state_dict()))
-        reported = len(self._reported)
+        reported, cost = len(self._reported), self._cost()
+        largest, everything = max(map(len, units), default=1), max(sum(map(len, units)), 1)
         while True:
+            size = min(self._micro_batch, everything)
             try:
                 return self._accumulate_in(self._micro_batch, minibatch, stream, samples, evidence, prepared)
-            except torch.OutOfMemoryError as error:
-                largest = max(map(len, units), default=1)
-                if self._micro_batch <= largest or self.processes.sharded:
-                    raise UserError(out_of_memory("a micro-batch", self._micro_batch, error)) from None
+            except Exception as error:
+                if not is_exhausted(error):
+                    raise
+                if size <= largest or self.processes.sharded:
+                    raise UserError(out_of_memory("a micro-batch", size, error)) from None
             # Outside of the handler: the error holds on to the graph that did not fit.
             self.optimizer.zero_grad(set_to_none=True)
             self.algorithm.load_state_dict(copy.deepcopy(kept[0]))
             self.reward.load_state_dict(copy.deepcopy(kept[1]))
             del self._reported[reported:]
-            self._micro_batch = max(self._micro_batch // 2, largest)
+            self.sampler.uncount(*cost)
+            self._micro_batch = max(size // 2, largest)
             free_memory()
             warnings.warn(
                 f"out of memory: train.micro_batch is {self._micro_batch} from here on, and the gradients stay the "

@@ -347,7 +347,27 @@ def test_int8_weights_by_torchao_train_with_ratio_1() -> None:
 # -- memory that is exhausted --------------------------------------------------------------------------------------
 
 
-def run_of(fits: int, algorithm: Any = None, **settings: Any) -> Trainer:
+@pytest.mark.parametrize(
+    ("error", "exhausted"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), True),
+        (RuntimeError("HIP out of memory. Tried to allocate 2 GiB."), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 9 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError(5), False),
+        (ValueError("CUDA out of memory. Tried"), False),
+        (UserError(memory.out_of_memory("a rollout", 1, RuntimeError("CUDA out of memory. Tried"))), False),
+    ],
+)
+def test_memory_is_exhausted_by_any_backends_word(error: Exception, exhausted: bool) -> None:
+    assert memory.is_exhausted(error) is exhausted
+
+
+def run_of(
+    fits: int, algorithm: Any = None, error: type[Exception] = torch.OutOfMemoryError, **settings: Any
+) -> Trainer:
     """A run on a device whose memory holds ``fits`` samples with gradients, fewer than that never fail."""
     torch.manual_seed(0)
     policy = Policy(tiny.sd_pipeline(), LoraConfig(rank=2))
@@ -364,7 +384,7 @@ def run_of(fits: int, algorithm: Any = None, **settings: Any) -> Trainer:
         # The work is done, and its gradients are there, when the memory gives out.
         found = accumulate(batch, context)
         if len(batch) > fits:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            raise error("CUDA out of memory. Tried to allocate 2 GiB.")
         return found
 
     trainer.algorithm.accumulate = limited  # type: ignore[method-assign]
@@ -372,7 +392,7 @@ def run_of(fits: int, algorithm: Any = None, **settings: Any) -> Trainer:
 
 
 def test_an_exhausted_memory_halves_the_micro_batch_and_takes_the_same_step() -> None:
-    plain, short = run_of(fits=8), run_of(fits=1)
+    plain, short = run_of(fits=8), run_of(fits=1, error=RuntimeError)
     (expected,) = list(plain)
     with pytest.warns(UserWarning, match="out of memory: train.micro_batch is") as told:
         (metrics,) = list(short)
@@ -383,6 +403,15 @@ def test_an_exhausted_memory_halves_the_micro_batch_and_takes_the_same_step() ->
         torch.testing.assert_close(short.policy.named_parameters()[name], value, atol=2e-4, rtol=0)
     assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
     assert short.config.micro_batch == 4, "the run's configuration is what it was"
+
+
+def test_halving_begins_at_what_was_tried_and_failed_attempts_cost_no_passes() -> None:
+    (expected,) = list(run_of(fits=8, micro_batch=2))
+    with pytest.warns(UserWarning, match="train.micro_batch is 2 from here on") as told:
+        (metrics,) = list(run_of(fits=2, micro_batch=64))
+    assert len(told) == 1, "a minibatch has 4 samples: 32, 16, 8 and 4 are no attempts"
+    for name in ("denoiser_calls", "denoiser_rows"):
+        assert metrics[name] == expected[name]
 
 
 def test_what_a_failed_attempt_remembered_is_forgotten() -> None:
@@ -422,7 +451,8 @@ def test_a_rollout_that_does_not_fit_is_drawn_in_halves(monkeypatch: pytest.Monk
     def limited(self: Sampler, prompts: Any, *rest: Any) -> Any:
         sizes.append(len(prompts))
         if len(prompts) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            record(self, prompts, *rest)
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)")
         return record(self, prompts, *rest)
 
     monkeypatch.setattr(Sampler, "_record", limited)
@@ -431,6 +461,11 @@ def test_a_rollout_that_does_not_fit_is_drawn_in_halves(monkeypatch: pytest.Monk
         trajectory = short.rollout(prompts)
     assert sizes == [4, 2, 2, 1] and short.batch_size == 2
     torch.testing.assert_close(trajectory.states, expected.states, atol=1e-4, rtol=0)
+    before = short.denoiser_calls
+    short.batch_size = 16
+    with pytest.warns(UserWarning, match="sampler.batch_size is 2 from here on"):
+        short.rollout(prompts)
+    assert sizes[4:] == [5, 2, 2, 1] and short.denoiser_calls - before == before
     with pytest.raises(UserError, match="out of memory in a rollout of 4 "):
         fixed = sampler()
         fixed.shrinks = False
