@@ -21,9 +21,9 @@ import threading
 import time
 import urllib.parse
 from abc import abstractmethod
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -119,6 +119,8 @@ class Remote:
 class Channel:
     """The requests to one scorer that are under way at a time.
 
+    Its threads are daemons, unlike those of an executor: the end of the process does not wait for a scorer that hangs.
+
     Args:
         remote: where they go.
     """
@@ -136,19 +138,44 @@ class Channel:
             trust_env=host not in ("127.0.0.1", "::1", "localhost"),
             limits=httpx.Limits(max_connections=remote.concurrency),
         )
-        self._pool = ThreadPoolExecutor(remote.concurrency, thread_name_prefix=f"reward-{remote.name}")
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._threads = 0
         self._over = threading.Event()
 
     def post(self, payload: Any, read: Callable[[Any], T], end: float | None = None) -> Future[T]:
         """Post a payload as soon as there is room, until ``read(reply)`` returns or it is ``end``."""
         end = time.monotonic() + self.remote.deadline if end is None else end
-        return self._pool.submit(self._until_answered, payload, read, end)
+        future: Future[T] = Future()
+        with self._lock:
+            self._waiting.append((future, lambda: self._until_answered(payload, read, end)))
+            if self._threads < self.remote.concurrency:
+                threading.Thread(target=self._work, name=f"reward-{self.remote.name}", daemon=True).start()
+                self._threads += 1
+        return future
 
     def close(self) -> None:
         """Give up what is under way, without waiting for it."""
         self._over.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            while self._waiting:
+                self._waiting.popleft()[0].cancel()
         self._client.close()
+
+    def _work(self) -> None:
+        """Do what waits, until nothing does."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                future, job = self._waiting.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(job())
+            except BaseException as error:  # whoever asks for the result gets it
+                future.set_exception(error)
 
     def _until_answered(self, payload: Any, read: Callable[[Any], T], end: float) -> T:
         import httpx

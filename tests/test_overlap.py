@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -187,6 +189,27 @@ def test_what_hangs_is_given_up_without_waiting() -> None:
                 assert not thread.is_alive()
         server.rate = 0.0
         assert len(score(pictures(8), ["a"] * 8).total) == 8
+
+
+def test_the_process_ends_while_a_scorer_hangs() -> None:
+    """What was begun is not waited for at exit, given up or not."""
+    script = """
+import sys, time, torch
+from difftune.reward import build_reward
+for drop in (True, False):
+    score = build_reward("remote", url=sys.argv[1], batch_size=1, concurrency=2, timeout=20, deadline=20)
+    score.begin(torch.rand(4, 3, 4, 4), ["a"] * 4, [{}] * 4)
+    time.sleep(0.5)
+    if drop:
+        score.drop()
+print(time.time())
+"""
+    with serving(rate=1.0, faults=("hang",)) as server:
+        command = [sys.executable, "-c", script, server.url]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        ended = time.time()
+        assert ran.returncode == 0 and not ran.stderr, ran.stderr
+        assert ended - float(ran.stdout) < 3 and server.counts["hang"] > 0
 
 
 def test_terms_and_chosen_frames_are_begun(server: FaultServer) -> None:
