@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +45,8 @@ MICRO_BATCH_BOUND = 1e-4
 
 #: How long processes wait for one another: longer than a slow scorer, sample grid or checkpoint takes.
 PATIENCE = timedelta(hours=1)
+
+T = TypeVar("T")
 
 #: Called with (phase, done, total) while an epoch runs: what a progress display shows.
 Listener = Callable[[str, int, int], None]
@@ -215,6 +217,8 @@ class Trainer:
         self._seconds: dict[str, float] = defaultdict(float)
         self._reported: list[RewardOutput] = []
         self._gate_cost = (0, 0)
+        # Samples per pipeline call when the trajectory at hand was begun: the sampler may shrink on the way.
+        self._drawn_at = self.sampler.batch_size
         if self.out is not None:
             self.processes.together(self._open, resume)
             self._require_one_run()
@@ -387,7 +391,7 @@ class Trainer:
 
     def _rollout(self, samples: _Samples, mine: Sequence[int]) -> Trajectory:
         parts = []
-        size = self.sampler.batch_size
+        size = self._drawn_at = self.sampler.batch_size
         for start in range(0, len(mine), size):
             rows = mine[start : start + size]
             texts, keys = [samples.texts[i] for i in rows], [samples.keys[i] for i in rows]
@@ -449,8 +453,8 @@ class Trainer:
         with self.policy.adapter(self.algorithm.behaviour):
             if trajectory is not None and self._labelled is not None:
                 # Pictures that the policy did not draw have no log-probs to come back to: a rollout of its own has.
-                first = slice(self.sampler.batch_size)
-                trajectory = self.sampler.rollout(trajectory.prompts[first], keys=trajectory.keys[first], decode=False)
+                self._drawn_at = self.sampler.batch_size
+                trajectory = self._redrawn(trajectory, min(len(trajectory), self._drawn_at))
             self.parity = {} if trajectory is None else self._gate(trajectory)
         calls, rows = (now - then for now, then in zip(self._cost(), before, strict=True))
         self._gate_cost = (calls, rows)
@@ -463,10 +467,47 @@ class Trainer:
         with self._phase("gate"):
             if not trajectory.stochastic_steps:
                 return {}
-            figures = self.sampler.check_parity(trajectory.select(range(min(len(trajectory), self.sampler.batch_size))))
-            return {**figures, "micro_batch_ratio_error": self._micro_batch_error(trajectory)}
+            size, micro = min(len(trajectory), self.sampler.batch_size), min(len(trajectory), self.config.micro_batch)
+            figures = self._halving("the parity gate", size, self._parity_at, trajectory)
+            error = self._halving("the parity gate", micro, self._micro_batch_error, trajectory)
+            return {**figures, "micro_batch_ratio_error": error}
 
-    def _micro_batch_error(self, trajectory: Trajectory) -> float:
+    def _halving(self, what: str, size: int, measure: Callable[[Trajectory, int], T], trajectory: Trajectory) -> T:
+        """Return ``measure(trajectory, size)``, with half as many samples for as long as memory does not hold them.
+
+        Raises:
+            UserError: the device's memory does not hold one sample.
+        """
+        while True:
+            try:
+                return measure(trajectory, size)
+            except Exception as error:
+                if not is_exhausted(error):
+                    raise
+                if size == 1 or self.processes.sharded:
+                    raise UserError(out_of_memory(what, size, error)) from None
+            # Outside of the handler: the error holds on to the graph that did not fit.
+            self.optimizer.zero_grad(set_to_none=True)
+            size //= 2
+            free_memory()
+            warnings.warn(f"out of memory: {what} looks at {size} samples at once", stacklevel=2)
+
+    def _redrawn(self, trajectory: Trajectory, size: int) -> Trajectory:
+        """Draw the first ``size`` samples anew, without pictures."""
+        first = trajectory.select(range(size))
+        return self.sampler.rollout(first.prompts, keys=first.keys, conditions=first.conditions, decode=False)
+
+    def _parity_at(self, trajectory: Trajectory, size: int) -> dict[str, float]:
+        """Return the figures for the first ``size`` samples, in one pipeline call."""
+        if size == min(len(trajectory), self._drawn_at):
+            return self.sampler.check_parity(trajectory.select(range(size)))
+        # They were drawn in calls of another size, where kernels round differently.
+        fresh = self._redrawn(trajectory, size)
+        if self.sampler.batch_size < size:
+            return self._parity_at(trajectory, self.sampler.batch_size)
+        return self.sampler.check_parity(fresh)
+
+    def _micro_batch_error(self, trajectory: Trajectory, size: int) -> float:
         """Return max |ratio - 1| over shuffled samples in a micro-batch, which is what the updates replay.
 
         Kernels round differently at other batch sizes, so this is not exactly 0; it must stay well below a clip range.
@@ -477,10 +518,10 @@ class Trainer:
         def measure(view: StepView) -> None:
             errors.append(float(((view.log_prob - view.old_log_prob).exp() - 1).abs().max()))
 
-        self.sampler.replay(trajectory.select(order[: self.config.micro_batch]), measure, grad=False)
+        self.sampler.replay(trajectory.select(order[:size]), measure, grad=False)
         if max(errors) > MICRO_BATCH_BOUND:
             warnings.warn(
-                f"parity: |ratio - 1| is {max(errors):.2g} in micro-batches of {self.config.micro_batch}, above "
+                f"parity: |ratio - 1| is {max(errors):.2g} in micro-batches of {size}, above "
                 f"{MICRO_BATCH_BOUND:g}; set train.micro_batch to sampler.batch_size, or model.dtype to fp32",
                 stacklevel=2,
             )

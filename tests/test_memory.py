@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 import warnings
@@ -470,6 +471,58 @@ def test_a_rollout_that_does_not_fit_is_drawn_in_halves(monkeypatch: pytest.Monk
         fixed = sampler()
         fixed.shrinks = False
         fixed.rollout(prompts)
+
+
+def gated(monkeypatch: pytest.MonkeyPatch, fits: int, **settings: Any) -> tuple[Trainer, list[int]]:
+    """A run whose parity gate fits with ``fits`` samples at most, and the sizes that it tried."""
+    run, sizes, check = run_of(fits=8, **settings), [], Sampler.check_parity
+
+    def limited(self: Sampler, trajectory: Any, *rest: Any) -> Any:
+        sizes.append(len(trajectory))
+        found = check(self, trajectory, *rest)
+        if len(trajectory) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return found
+
+    monkeypatch.setattr(Sampler, "check_parity", limited)
+    return run, sizes
+
+
+def test_a_parity_gate_that_does_not_fit_looks_at_fewer_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, sizes = gated(monkeypatch, fits=2)
+    with pytest.warns(UserWarning, match="out of memory: the parity gate looks at [24] samples at once"):
+        list(run)
+    assert sizes == [8, 4, 2] and run.sampler.batch_size == 16 and run._micro_batch == 4
+    assert run.parity is not None and run.parity["max_ratio_error"] == 0
+
+
+def test_a_parity_gate_of_one_sample_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = gated(monkeypatch, fits=0)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"^out of memory in the parity gate of 1 \(CUDA"):
+        list(run)
+
+
+def test_the_gate_draws_anew_what_was_drawn_in_batches_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, sizes = gated(monkeypatch, fits=8)
+    run.sampler.batch_size = 4
+    record, seen = Sampler._record, []
+
+    def limited(self: Sampler, prompts: Any, *rest: Any) -> Any:
+        seen.append(len(prompts))
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        drawn = record(self, prompts, *rest)
+        if len(prompts) == 2:
+            return drawn
+        # Another batch size rounds differently, on some kernels.
+        return dataclasses.replace(drawn, log_probs=drawn.log_probs + 1e-3)
+
+    monkeypatch.setattr(Sampler, "_record", limited)
+    with pytest.warns(UserWarning):
+        list(run)
+    # Four, then memory gives out: two and two; the gate's own two are new.
+    assert seen == [4, 4, 2, 2, 2] and sizes == [2]
+    assert run.parity is not None and run.parity["max_ratio_error"] == 0
 
 
 # -- what goes together --------------------------------------------------------------------------------------------
