@@ -179,16 +179,37 @@ def _digest(value: Any) -> str:
 
 
 def _content(value: Any) -> bytes:
-    """Return the bytes that a condition is: of a picture its content, wherever its file lies."""
+    """Return the bytes that a condition is: of a picture its content, wherever its file lies.
+
+    Raises:
+        UserError: an object that only its address tells from others.
+    """
+    if isinstance(value, Mapping):
+        return b"mapping" + "".join(sorted(_digest(pair) for pair in value.items())).encode()
     if isinstance(value, (list, tuple)):
-        return b"".join(_digest(item).encode() for item in value)
+        return b"sequence" + "".join(map(_digest, value)).encode()
     if isinstance(value, Path):
-        return _content_of_file(value, value.stat().st_mtime_ns)
-    if hasattr(value, "tobytes"):  # a picture of PIL or an array
-        return f"{getattr(value, 'mode', '')}{getattr(value, 'size', '')}".encode() + value.tobytes()
-    if hasattr(value, "numpy"):  # a tensor
-        return value.detach().cpu().float().numpy().tobytes()
-    return repr(value).encode()
+        return b"file" + _content_of_file(value, value.stat().st_mtime_ns)
+    if hasattr(value, "getbands"):  # a picture of PIL: the bytes of one with a palette are indices
+        picture = value.convert("RGBA") if value.mode in ("P", "PA") else value
+        return f"picture {picture.mode} {picture.size} ".encode() + picture.tobytes()
+    if hasattr(value, "detach"):  # a tensor
+        import torch
+
+        plain = value.detach().cpu().contiguous()
+        raw = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"tensor {plain.dtype} {tuple(plain.shape)} ".encode() + raw
+    if hasattr(value, "tobytes") and hasattr(value, "dtype"):  # an array
+        if value.dtype.hasobject:
+            return _content(["objects", value.shape, value.tolist()])
+        return f"array {value.dtype.descr} {value.shape} ".encode() + value.tobytes()
+    shown = repr(value)
+    if not isinstance(value, (str, bytes)) and " at 0x" in shown:
+        raise UserError(
+            f"prompts: a condition is {type(value).__name__}, expected text, numbers, pictures, arrays, tensors, or "
+            "lists and mappings of them, which their content tells from others"
+        )
+    return shown.encode()
 
 
 @functools.lru_cache(maxsize=4096)

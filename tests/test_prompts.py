@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from difftune import prompts as prompts_module
@@ -142,10 +145,36 @@ def test_a_prompt_is_its_text_and_what_it_is_conditioned_on(tmp_path: Path) -> N
     assert named(negative_prompt="a", num_frames=2) == named(num_frames=2, negative_prompt="a") != named(num_frames=2)
     red, blue = (Image.open(tmp_path / f"{name}.png") for name in ("a", "b"))
     assert named(image=red) == named(image=red.copy()) != named(image=blue)
+    # The bytes of a picture with a palette say nothing of its colours.
+    assert named(image=red.convert("P", palette=Image.Palette.ADAPTIVE)) != named(image=blue.convert("P", palette=Image.Palette.ADAPTIVE))
     # The file's content counts, also after it has changed.
     red.resize((9, 9)).save(tmp_path / "copy.png")
     os.utime(tmp_path / "copy.png", ns=(1, 1))
     assert named(image=tmp_path / "copy.png") != one
+
+
+def test_conditions_are_told_apart_by_type_shape_and_content() -> None:
+    zeros = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(6), torch.zeros(2, 3, dtype=torch.bfloat16)]
+    large = torch.zeros(5000)
+    changed = large.clone()
+    changed[2500] = 1  # what repr leaves out
+    values: list[object] = [
+        *zeros, large, changed, torch.tensor(0.0), torch.tensor(1e-30, dtype=torch.float64), torch.tensor(True),
+        np.zeros((2, 3), np.float32), np.zeros((3, 2), np.float32), np.zeros((2, 3), np.int32), np.zeros(()),
+        np.array(["a", None], object), np.array(["b", None], object),
+        {"x": large}, {"x": changed}, {"y": large}, {"x": [large]}, [large], [large, large], [[large], [large]],
+        "0", 0, 0.0, False, None, [], {}, b"0",
+    ]  # fmt: skip
+    named = [identities([Prompt("x", {}, {"c": value})])[0] for value in values]
+    assert len(set(named)) == len(values)
+    copies = [identities([Prompt("x", {}, {"c": value})])[0] for value in copy.deepcopy(values)]
+    assert copies == named
+    both = {"a": large, "b": changed}
+    assert identities([Prompt("x", {}, {"c": both}), Prompt("x", {}, {"c": dict(reversed(both.items()))})])[0] == (
+        identities([Prompt("x", {}, {"c": dict(reversed(both.items()))})])[0]
+    )
+    with pytest.raises(UserError, match="prompts: a condition is object, expected text, numbers, pictures"):
+        identities([Prompt("x", {}, {"c": object()})])
 
 
 def test_several_pictures_may_stand_under_one_name(tmp_path: Path) -> None:
