@@ -594,3 +594,17 @@ def test_a_preset_leaves_a_differentiated_reward_beside_the_model() -> None:
     gradient = {**MINIMAL, "algorithm": "alignprop", "reward": "jpeg_proxy", "preset": "24GB"}
     assert cf.validate(gradient).offload == ["text_encoders"]
     assert cf.validate({**MINIMAL, "preset": "24GB"}).offload == ["text_encoders", "reward"]
+
+
+def test_a_preset_of_the_command_line_knows_the_algorithm_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "model: difftune/tiny-sd\nreward: jpeg_proxy\nalgorithm: ddpo\nprompts: [a, b]\noffload: [reward]\n"
+    )
+    overrides = ["preset=24GB", "algorithm=alignprop"]
+    for given in (overrides, overrides[::-1]):
+        assert cf.load_config(file, given).offload == ["text_encoders"]
+        assert cf.load_config(file, [*given, "offload=[]"]).offload == []
+    assert cf.load_config(file, ["preset=24GB"]).offload == ["text_encoders", "reward"]
+    assert cf.load_config(file, ["preset=80GB"]).offload == []
+    assert cf.load_config(file, ["preset=null"]).offload == ["reward"]

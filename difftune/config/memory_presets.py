@@ -50,8 +50,13 @@ def with_preset(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def over_preset(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the data with what its ``preset`` says in place of what it says itself."""
-    return merged(data, _settings_of(data.get("preset"), data))
+    """Return the data with what its ``preset`` says in place of what it says itself.
+
+    What is offloaded depends on the algorithm, which may still change: that is left to :func:`with_preset`.
+    """
+    settings = dict(_settings_of(data.get("preset"), data))
+    left = "offload" if settings.pop("offload", None) is not None else None
+    return merged({key: value for key, value in data.items() if key != left}, settings)
 
 
 def _settings_of(preset: Any, data: Mapping[str, Any]) -> dict[str, Any]:
