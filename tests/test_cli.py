@@ -770,3 +770,11 @@ def test_the_gain_is_in_units_of_the_base() -> None:
     assert tracking.Comparison(["a", "b"], picture, picture, flat, flat).gain == 0
     summary = tracking.Comparison(["a", "b"], picture, picture, flat, tuned).summary()
     assert summary["gain_in_base_std"] is None and json.dumps(summary)
+
+
+def test_warnings_of_the_package_are_lines_wherever_it_lies() -> None:
+    from difftune.cli.app import _as_a_line
+
+    ours, theirs = str(Path(dt.__file__).with_name("trainer.py")), "/home/me/difftune/.venv/lib/torch/nn.py"
+    assert _as_a_line("less", UserWarning, ours, 1) == "difftune: less\n"
+    assert _as_a_line("less", UserWarning, theirs, 1, "x()").startswith(f"{theirs}:1: UserWarning: less\n")

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _as_a_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None) -> str:
     """Show our own warnings as what they are to the user: a line, without the line of code that gave it."""
-    if "difftune" in Path(filename).parts:
+    if Path(filename).is_relative_to(Path(difftune.__file__).parent):
         return f"difftune: {message}\n"
     return _FORMAT(message, category, filename, lineno, line)
 
