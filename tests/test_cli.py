@@ -775,6 +775,6 @@ def test_the_gain_is_in_units_of_the_base() -> None:
 def test_warnings_of_the_package_are_lines_wherever_it_lies() -> None:
     from difftune.cli.app import _as_a_line
 
-    ours, theirs = str(Path(dt.__file__).with_name("trainer.py")), "/home/me/difftune/.venv/lib/torch/nn.py"
+    ours, theirs = str(Path(dt.__file__).with_name("trainer.py")), "difftune/.venv/lib/torch/nn.py"
     assert _as_a_line("less", UserWarning, ours, 1) == "difftune: less\n"
     assert _as_a_line("less", UserWarning, theirs, 1, "x()").startswith(f"{theirs}:1: UserWarning: less\n")
