@@ -489,6 +489,16 @@ def test_score_reads_pictures_of_all_sizes(pictures: Path, capsys: Capture) -> N
     assert "mean of 3" in capsys.readouterr().out
 
 
+def test_score_compares_pictures_where_the_reward_does(pictures: Path, tmp_path: Path, capsys: Capture) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    for name, pixels in {"noise": noise, "plain": 0 * noise}.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    ranked = ["score", "win_rate", "--set", "of=jpeg_compressibility"]
+    assert cli.main([*ranked, str(tmp_path / "noise.png"), str(tmp_path / "plain.png"), "--json"]) == 0
+    assert [row["score"] for row in json.loads(capsys.readouterr().out)] == [0, 1]
+    assert "compares pictures with one another, expected one size" in refused(capsys, *ranked, str(pictures))
+
+
 def test_score_refuses_what_it_should_not_decode(
     pictures: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

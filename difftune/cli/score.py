@@ -44,12 +44,15 @@ def score(
     entries = [Prompt(prompt or "")] * len(files) if prompts is None else load_prompts(prompts)
     if len(entries) != len(files):
         raise UserError(f"--prompts: {prompts} has {len(entries)} prompts for {len(files)} pictures, expected as many")
-    rows = []
-    for file, entry in zip(files, entries, strict=True):
-        # One at a time: pictures from outside come in all sizes.
-        out = scorer(read_picture(file), [entry.text], metadata_of([entry]))
-        parts = {name: float(value[0]) for name, value in out.parts.items()}
-        rows.append({"image": str(file), "prompt": entry.text, "score": float(out.total[0]), **parts})
+    rows: list[dict[str, Any]] = []
+    # One at a time, since pictures from outside come in all sizes; together where they are compared.
+    size = len(files) if scorer.groupwise else 1
+    for start in range(0, len(files), size):
+        named, asked = files[start : start + size], entries[start : start + size]
+        out = scorer(_one_size(named), [entry.text for entry in asked], metadata_of(asked))
+        for i, (file, entry) in enumerate(zip(named, asked, strict=True)):
+            parts = {name: float(value[i]) for name, value in out.parts.items()}
+            rows.append({"image": str(file), "prompt": entry.text, "score": float(out.total[i]), **parts})
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif as_csv:
@@ -100,6 +103,23 @@ def _picture_files(paths: Sequence[Path]) -> list[Path]:
     if not files:
         raise UserError(f"no pictures in {', '.join(map(str, paths))}: expected PNG, JPEG or WEBP files")
     return files
+
+
+def _one_size(paths: Sequence[Path]) -> Tensor:
+    """Return pictures as ``(B, 3, H, W)``."""
+    import torch
+
+    from difftune.types import UserError
+
+    pictures = [read_picture(path) for path in paths]
+    for path, picture in zip(paths, pictures, strict=True):
+        if picture.shape != pictures[0].shape:
+            sizes = [f"{one.shape[-1]} x {one.shape[-2]}" for one in (pictures[0], picture)]
+            raise UserError(
+                f"picture {str(path)!r} is {sizes[1]} and {str(paths[0])!r} {sizes[0]}: this reward compares pictures "
+                "with one another, expected one size"
+            )
+    return torch.cat(pictures)
 
 
 def read_picture(path: Path) -> Tensor:
