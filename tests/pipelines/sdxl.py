@@ -226,7 +226,7 @@ class Positions(tf.PreTrainedTokenizerFast):
 
 
 def kolors(cls: str, **parts: Any) -> Any:
-    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel, RMSNorm
 
     config = ChatGLMConfig(
         num_layers=2,
@@ -242,9 +242,14 @@ def kolors(cls: str, **parts: Any) -> Any:
         bias_dropout_fusion=False,
         original_rope=True,
     )
+    # Without `empty_init=False` all of its weights are whatever lay in memory, and those of its norms are anyway.
+    text_encoder = make(ChatGLMModel, config=config, empty_init=False)
+    for module in text_encoder.modules():
+        if isinstance(module, RMSNorm):
+            torch.nn.init.ones_(module.weight)
     return sdxl(
         cls,
-        text_encoder=make(ChatGLMModel, config=config),
+        text_encoder=text_encoder,
         tokenizer=letters(padding="left", cls=Positions),
         unet=unet(encoder_hid_dim=16, encoder_hid_dim_type="text_proj", **ADDED),
         **parts,
