@@ -110,7 +110,13 @@ def alive(module: nn.Module, seed: int = 0) -> nn.Module:
 def make(cls: Any, **config: Any) -> Any:
     """A model of ``cls`` with random weights, the same every time."""
     torch.manual_seed(0)
-    return alive(cls(**config))
+    # What a class leaves uninitialised is NaN then, which `alive` finds, in place of whatever lay in memory.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        model = cls(**config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return alive(model)
 
 
 def letters(length: int = 16, padding: str = "right", cls: Any = tf.PreTrainedTokenizerFast) -> Any:
