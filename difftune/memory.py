@@ -12,13 +12,16 @@ import gc
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from difftune.types import UserError
+
+T = TypeVar("T")
 
 Attention = Literal["auto", "sdpa", "math", "efficient", "cudnn", "flash", "xformers"]
 """Attention kernels that have a backward pass: torch's (``sdpa`` chooses among its own three, each of which can be
@@ -306,11 +309,36 @@ def out_of_memory(what: str, size: int, error: BaseException) -> str:
     )
 
 
-def free_memory() -> None:
-    """Give back what is held for nobody, once the error of an exhausted memory and its graph are gone."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def halving(
+    attempt: Callable[[int], T], size: int, what: str, *, smallest: int = 1, undo: Callable[[int], str]
+) -> T:
+    """Return ``attempt(size)``, with half as many samples for as long as memory does not hold them.
+
+    Args:
+        attempt: number of samples -> the outcome.
+        size: how many to begin with.
+        what: what needs the memory, for the message.
+        smallest: how few can be tried.
+        undo: number of samples to be tried next -> what the user is told; takes back what the failed attempt left.
+
+    Raises:
+        UserError: memory does not hold ``smallest``.
+    """
+    while True:
+        try:
+            return attempt(size)
+        except Exception as error:
+            if not is_exhausted(error):
+                raise
+            if size <= smallest:
+                raise UserError(out_of_memory(what, size, error)) from None
+        # Outside of the handler: the error holds on to the graph that did not fit.
+        size = max(size // 2, smallest)
+        told = undo(size)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(f"out of memory: {told}", stacklevel=3)
 
 
 def _first_line(error: BaseException) -> str:

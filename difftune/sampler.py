@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import inspect
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +40,7 @@ from difftune.drivers import (
     Retracer,
     StepView,
 )
-from difftune.memory import free_memory, is_exhausted, out_of_memory
+from difftune.memory import halving, is_exhausted
 from difftune.noise import KeyedDraws, KeyedGenerator, keyed_generator, keyed_noise
 from difftune.policy import Policy, pipeline_modules
 from difftune.prompt_cache import PromptCache
@@ -202,29 +201,34 @@ class Sampler:
         keys = sample_keys(prompts, seed, epoch) if keys is None else tuple(keys)
         parts: list[Trajectory] = []
         while (start := sum(map(len, parts))) < len(prompts):
-            rows = slice(start, start + self.batch_size)
-            batch = {name: value[rows] for name, value in (conditions or {}).items()}
-            size, cost = len(prompts[rows]), (self.denoiser_calls, self.denoiser_rows)
-            try:
-                parts.append(self._record(prompts[rows], keys[rows], batch, decode))
-                continue
-            except Exception as error:
-                if not is_exhausted(error):
-                    raise
-                if size == 1 or not self.shrinks:
-                    raise UserError(out_of_memory("a rollout", size, error)) from None
-            # Outside of the handler, which holds on to what did not fit. The noise is the samples' own.
-            self.batch_size = size // 2
-            self.uncount(*cost)
-            free_memory()
-            warnings.warn(
-                f"out of memory: sampler.batch_size is {self.batch_size} from here on, and the samples stay the same; "
-                "write that into the configuration to save the failed attempt",
-                stacklevel=2,
-            )
+            draw = functools.partial(self._record_from, start, prompts, keys, conditions or {}, decode)
+            undo = functools.partial(self._shrink, self.denoiser_calls, self.denoiser_rows)
+            size = min(self.batch_size, len(prompts) - start)
+            parts.append(halving(draw, size, "a rollout", smallest=1 if self.shrinks else size, undo=undo))
         if not parts:
             raise UserError("rollout: got no prompts, expected at least one")
         return Trajectory.cat(parts)
+
+    def _shrink(self, calls: int, rows: int, size: int) -> str:
+        self.batch_size = size
+        self.uncount(calls, rows)
+        return (
+            f"sampler.batch_size is {size} from here on, and the samples stay the same; write that into the "
+            "configuration to save the failed attempt"
+        )
+
+    def _record_from(
+        self,
+        start: int,
+        prompts: tuple[str, ...],
+        keys: tuple[SampleKey, ...],
+        conditions: Mapping[str, Sequence[Any]],
+        decode: bool,
+        size: int,
+    ) -> Trajectory:
+        rows = slice(start, start + size)
+        batch = {name: values[rows] for name, values in conditions.items()}
+        return self._record(prompts[rows], keys[rows], batch, decode)
 
     def _record(
         self, prompts: tuple[str, ...], keys: tuple[SampleKey, ...], conditions: Mapping[str, Any], decode: bool

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -30,7 +31,7 @@ from difftune import checkpoint
 from difftune.algorithm import Algorithm, Batch, Context, Plan, Prepared
 from difftune.export import save_adapter, save_weights
 from difftune.labelled import LabelledPictures
-from difftune.memory import brought, free_memory, is_exhausted, out_of_memory
+from difftune.memory import brought, halving
 from difftune.monitor import Monitor, MonitorAlarm, MonitorConfig
 from difftune.policy import Policy
 from difftune.processes import Processes, even_shares
@@ -468,29 +469,19 @@ class Trainer:
             if not trajectory.stochastic_steps:
                 return {}
             size, micro = min(len(trajectory), self.sampler.batch_size), min(len(trajectory), self.config.micro_batch)
-            figures = self._halving("the parity gate", size, self._parity_at, trajectory)
-            error = self._halving("the parity gate", micro, self._micro_batch_error, trajectory)
+            figures = self._halving(self._parity_at, size, trajectory)
+            error = self._halving(self._micro_batch_error, micro, trajectory)
             return {**figures, "micro_batch_ratio_error": error}
 
-    def _halving(self, what: str, size: int, measure: Callable[[Trajectory, int], T], trajectory: Trajectory) -> T:
-        """Return ``measure(trajectory, size)``, with half as many samples for as long as memory does not hold them.
+    def _halving(self, measure: Callable[[Trajectory, int], T], size: int, trajectory: Trajectory) -> T:
+        """Return ``measure(trajectory, size)`` of the gate, with fewer samples if memory does not hold them."""
 
-        Raises:
-            UserError: the device's memory does not hold one sample.
-        """
-        while True:
-            try:
-                return measure(trajectory, size)
-            except Exception as error:
-                if not is_exhausted(error):
-                    raise
-                if size == 1 or self.processes.sharded:
-                    raise UserError(out_of_memory(what, size, error)) from None
-            # Outside of the handler: the error holds on to the graph that did not fit.
+        def undo(size: int) -> str:
             self.optimizer.zero_grad(set_to_none=True)
-            size //= 2
-            free_memory()
-            warnings.warn(f"out of memory: {what} looks at {size} samples at once", stacklevel=2)
+            return f"the parity gate looks at {size} samples at once"
+
+        smallest = size if self.processes.sharded else 1
+        return halving(functools.partial(measure, trajectory), size, "the parity gate", smallest=smallest, undo=undo)
 
     def _redrawn(self, trajectory: Trajectory, size: int) -> Trajectory:
         """Draw the first ``size`` samples anew, without pictures."""
@@ -592,28 +583,26 @@ class Trainer:
         kept = copy.deepcopy((self.algorithm.state_dict(), self.reward.state_dict()))
         reported, cost = len(self._reported), self._cost()
         largest, everything = max(map(len, units), default=1), max(sum(map(len, units)), 1)
-        while True:
-            size = min(self._micro_batch, everything)
-            try:
-                return self._accumulate_in(self._micro_batch, minibatch, stream, samples, evidence, prepared)
-            except Exception as error:
-                if not is_exhausted(error):
-                    raise
-                if size <= largest or self.processes.sharded:
-                    raise UserError(out_of_memory("a micro-batch", size, error)) from None
-            # Outside of the handler: the error holds on to the graph that did not fit.
+
+        def undo(size: int) -> str:
             self.optimizer.zero_grad(set_to_none=True)
             self.algorithm.load_state_dict(copy.deepcopy(kept[0]))
             self.reward.load_state_dict(copy.deepcopy(kept[1]))
             del self._reported[reported:]
             self.sampler.uncount(*cost)
-            self._micro_batch = max(size // 2, largest)
-            free_memory()
-            warnings.warn(
-                f"out of memory: train.micro_batch is {self._micro_batch} from here on, and the gradients stay the "
-                "same; write that into the configuration to save the failed attempt",
-                stacklevel=2,
+            self._micro_batch = size
+            return (
+                f"train.micro_batch is {size} from here on, and the gradients stay the same; write that into the "
+                "configuration to save the failed attempt"
             )
+
+        def attempt(size: int) -> dict[str, list[tuple[float, float]]]:
+            # Not by `size`, which counts this process's samples only: all processes cut the minibatch alike.
+            return self._accumulate_in(self._micro_batch, minibatch, stream, samples, evidence, prepared)
+
+        size = min(self._micro_batch, everything)
+        smallest = size if self.processes.sharded else largest
+        return halving(attempt, size, "a micro-batch", smallest=smallest, undo=undo)
 
     def _accumulate_in(
         self,
