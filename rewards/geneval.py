@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from difftune.reward import reward
 from difftune.rewards._clip import ClipReward, floating
@@ -93,10 +93,6 @@ class GenEval(ClipReward):
         self.correct = correct
         self._classes = {str(label).lower(): index for index, label in self.detector.config.id2label.items()}
         self._resized = Preprocess(side, None, None, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
-
-    def modules(self) -> list[nn.Module]:
-        """Return the detector and CLIP."""
-        return [*super().modules(), self.detector]
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Return ``(B,)`` in [0, 1]."""

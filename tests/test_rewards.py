@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -187,8 +190,10 @@ def test_gradients_reach_the_pixels_if_and_only_if_the_scorer_says_so(scorer: Su
     assert noise / 0.05 < 0.3 * norms.max(), "the test could not fail: rounding is as large as the gradient"
 
 
-def test_parameters_are_frozen_and_in_eval_mode(scorer: Subject) -> None:
-    for module in scorer.reward.modules():
+def test_networks_are_listed_once_frozen_and_in_eval_mode(scorer: Subject) -> None:
+    networks = scorer.reward.modules()
+    assert len({id(module) for module in networks}) == len(networks)
+    for module in networks:
         assert not module.training and not any(p.requires_grad for p in module.parameters())
 
 
@@ -666,3 +671,46 @@ def test_entry_points_are_loaded(registry: None, tmp_path: Path, monkeypatch: py
     )
     monkeypatch.setattr(REWARDS, "_loaded", False)
     assert "installed" in list_rewards()
+
+
+SETUP_CFG = """
+[metadata]
+name = some-package
+version = 1
+
+[options]
+py_modules = some_package
+
+[options.entry_points]
+difftune.rewards =
+    installed = some_package
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_of_an_installed_package_scores_and_trains_by_its_name(tmp_path: Path) -> None:
+    """pip installs a package of one module; the command line lists it, scores with it, and a run trains on it."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    (source / "some_package.py").write_text(PLUGIN.replace("redness", "installed"))
+    (source / "setup.cfg").write_text(SETUP_CFG)
+    (source / "setup.py").write_text("import setuptools\nsetuptools.setup()\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), *sys.path])}
+
+    def call(*arguments: Any) -> str:
+        command = [sys.executable, "-m", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    offline = ("--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    call("pip", "install", "--quiet", *offline, "--target", site, source)
+    assert "installed" in call("difftune", "list", "rewards")
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "red.png")
+    (scored,) = json.loads(call("difftune", "score", "installed", "red.png", "--set", "gain=2", "--json"))
+    assert scored["score"] == 2
+    small = ["sampler.steps=2", "sampler.window=null", "lora.rank=1", "train.epochs=1", "train.prompts_per_epoch=2"]
+    small += ["train.samples_per_prompt=2", "train.updates_per_epoch=1", "evaluate.samples=2", "prompts.held_out=2"]
+    call("difftune", "train", "demo", "reward={name: installed, gain: 2}", "out=run", *small)
+    (epoch,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(epoch)["reward/std"] > 0
