@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from difftune.reward import build_reward
 from difftune.rewards.geneval import Found
@@ -207,10 +208,21 @@ def hpsv3(folder: Path) -> dict[str, Any]:
 
 
 def video_reward(folder: Path) -> dict[str, Any]:
-    """Lay out Qwen2-VL-2B, in bf16, and the head without bias."""
-    qwen(folder)
-    filled({"head": torch.empty(3, 1536)})
-    return {}
+    """Write Qwen2-VL-2B, in bf16, and the published folder: all weights in one file, the head without bias."""
+    from reward_makers import RATED, as_in_4_45
+    from safetensors.torch import load_file
+
+    settings = qwen(folder)
+    head = filled({"rm_head.weight": torch.empty(3, 1536)})
+    if COUNTING:
+        return settings
+    state = {as_in_4_45(key): value for key, value in load_file(folder / "qwen" / "model.safetensors").items()}
+    (folder / "VideoReward" / "checkpoint-1").mkdir(parents=True)
+    prefixed = {f"base_model.model.{key}": value for key, value in {**state, **head}.items()}
+    torch.save(prefixed, folder / "VideoReward" / "checkpoint-1" / "model.pth")
+    config = {"data_config": {"fps": 2.0, "max_frame_pixels": 448 * 448}, "peft_lora_config": {"lora_alpha": 128}}
+    (folder / "VideoReward" / "model_config.json").write_text(json.dumps(config))
+    return {**settings, "instruction": RATED, "weights": str(folder / "VideoReward")}
 
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -222,20 +234,24 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "aesthetic_v25": siglip,
     "geneval": detector,
     "vqa_score": qwen,
+    "reward_dance": qwen,
+    "video_reward": video_reward,
     "nsfw": lambda folder: {},
     "ocr": lambda folder: {},
 }
 
 
-TOO_LARGE: dict[str, Callable[[Path], dict[str, Any]]] = {"hpsv3": hpsv3, "video_reward": video_reward}
+TOO_LARGE: dict[str, Callable[[Path], dict[str, Any]]] = {"hpsv3": hpsv3}
 """Scorers whose weights are counted and not measured."""
 
 
 def measure(name: str, folder: Path) -> dict[str, float]:
     """Return parameters, GiB at the peak, and the processor's seconds per picture."""
-    scorer = build_reward(name, **json.loads((folder / "settings.json").read_text()))
+    scorer: Any = build_reward(name, **json.loads((folder / "settings.json").read_text()))
     images = torch.rand(3, 3, 512, 512, generator=torch.Generator().manual_seed(0))
-    prompts, metadata = ['two cups that say "tea"'] * 3, [{"include": [{"class": "cup"}]}] * 3
+    prompts = ['two cups that say "tea"'] * 3
+    Image.new("RGB", (512, 512)).save(folder / "reference.png")
+    metadata = [{"include": [{"class": "cup"}], "reference": str(folder / "reference.png")}] * 3
 
     def score(rows: slice) -> None:
         scorer(images[rows], prompts[rows], metadata[rows])
