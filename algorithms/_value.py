@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+
+from difftune.types import SampleKey
 
 #: Bins that a latent of any shape is averaged into, hashed words of a prompt, and waves of the noise level.
 BINS, WORDS, WAVES = 64, 64, 8
@@ -35,6 +38,9 @@ def features(x: Tensor, level: float, prompts: Sequence[str]) -> Tensor:
 class ValueNet:
     """A small network fitted by mean squared error to what it is shown; 0 before the first fit.
 
+    What was shown since the last fit is brought together from all processes and put in order, so that neither the
+    micro-batches nor the processes that it was shown in make a difference.
+
     Args:
         lr: learning rate of Adam.
         buffer: rows remembered, the newest.
@@ -53,6 +59,7 @@ class ValueNet:
         self._buffer = buffer
         self._rows = torch.zeros(0, BINS + WORDS + WAVES)
         self._targets = torch.zeros(0)
+        self._shown: list[tuple[str, int, int, Tensor, float]] = []
         self._fits = 0
 
     @torch.no_grad()
@@ -60,13 +67,23 @@ class ValueNet:
         """Return the values ``(B,)`` of features ``(B, F)``."""
         return self._net(rows).squeeze(1)
 
-    def remember(self, rows: Tensor, targets: Tensor) -> None:
-        """Add features ``(B, F)`` and what they led to ``(B,)``; the oldest are dropped."""
-        self._rows = torch.cat([self._rows, rows])[-self._buffer :]
-        self._targets = torch.cat([self._targets, targets.detach().float().cpu()])[-self._buffer :]
+    def show(self, keys: Sequence[SampleKey], step: int, rows: Tensor, targets: Tensor) -> None:
+        """Take down the samples' features ``(B, F)`` at a step, and what they led to ``(B,)``, for the next fit."""
+        for key, row, target in zip(keys, rows, targets.tolist(), strict=True):
+            self._shown.append((key.prompt, key.sample, step, row, target))
 
     def fit(self, steps: int, batch: int) -> None:
-        """Take ``steps`` optimizer steps on ``batch`` rows each, drawn by the number of fits so far."""
+        """Take ``steps`` optimizer steps on ``batch`` rows each, drawn by the number of fits so far.
+
+        Every process must come here.
+        """
+        # By sample and step: what was shown in several passes over a rollout was the same in each.
+        shown = {tuple(place): (row, target) for *place, row, target in gather_object(self._shown)}
+        self._shown = []
+        if shown:
+            rows, targets = zip(*(shown[place] for place in sorted(shown)), strict=True)
+            self._rows = torch.cat([self._rows, torch.stack(rows)])[-self._buffer :]
+            self._targets = torch.cat([self._targets, torch.tensor(targets)])[-self._buffer :]
         generator = torch.Generator().manual_seed(self._fits)
         self._fits += 1
         for _ in range(steps if len(self._rows) else 0):
@@ -84,6 +101,8 @@ class ValueNet:
             "optimizer": self._optimizer.state_dict(),
             "rows": self._rows,
             "targets": self._targets,
+            # Empty in a checkpoint, which is written after a fit.
+            "shown": self._shown,
             "fits": self._fits,
         }
         return copy.deepcopy(state)
@@ -93,3 +112,4 @@ class ValueNet:
         self._net.load_state_dict(state["net"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._rows, self._targets, self._fits = state["rows"], state["targets"], state["fits"]
+        self._shown = list(state.get("shown", []))

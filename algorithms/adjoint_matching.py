@@ -124,5 +124,8 @@ def _reward_gradient(trajectory: Trajectory, batch: Batch, context: Context) -> 
         images = context.sampler.decode(latents, batch.prompts, batch.keys, trajectory.conditions)
         total: Any = context.reward(images, batch.prompts, batch.metadata).total
     if not total.requires_grad:
-        return torch.zeros_like(latents)
+        raise UserError(
+            f"algorithm 'adjoint_matching': no gradient reaches the latents from reward {context.reward.name!r}; the "
+            "pipeline decodes without a graph, or the reward does not depend on the picture"
+        )
     return torch.autograd.grad(total.sum(), latents)[0]

@@ -66,6 +66,6 @@ class AlignProp(GradientAlgorithm):
     def draws(self, batch: Batch, context: Context) -> Iterator[tuple[Tensor, float]]:
         """Yield one draw, differentiated from a random step on."""
         sampler = context.sampler
-        begin = first_step(self.config, sampler.steps, context.generator)
-        steps = range(begin, sampler.steps)
+        count = sampler.loop_length(batch.prompts, batch.keys, batch.conditions)
+        steps = range(first_step(self.config, count, context.generator), count)
         yield sampler.backprop(batch.prompts, keys=batch.keys, conditions=batch.conditions, grad_steps=steps), 1.0

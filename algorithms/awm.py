@@ -12,9 +12,10 @@ the base model and to a moving average of the weights give the objective an opti
 
 Which variant this is. Ratios are clipped as in PPO; on-policy their value is 1 and the gradient that of -A times the
 surrogate. ``weighting: ghuber`` is the authors' default, -t ((m + 1e-10)^0.25 - (1e-10)^0.25) / 0.25 of the mean square
-error m; ``uniform``, ``t`` and ``t2`` are its alternatives. Advantages are the group's, clipped to plus or minus 5 and
-scaled to plus or minus 1. The authors sample and train without guidance (``sampler.guidance_scale: 1``). On
-noise-prediction models the error is the noise's and t the level's sigma.
+error m; ``uniform``, ``t`` and ``t2`` are its alternatives. Advantages are measured from the group's mean, divided by
+the std of the epoch, clipped to plus or minus 5 and scaled to plus or minus 1. The authors sample and train without
+guidance (``sampler.guidance_scale: 1``), and train at the sampler's own noise levels (``timestep_sampling: sampler``).
+On noise-prediction models the error is the noise's and t the level's sigma.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ class AWMConfig(SampleConfig):
     timesteps: int = Field(6, ge=1, description="Noise levels at which each sample is trained per update (paper: 6).")
     weighting: Literal["ghuber", "uniform", "t", "t2"] = Field(
         "ghuber", description="w(t) and the form of the error (the authors': ghuber of power 0.25)."
+    )
+    global_std: bool = Field(
+        True, description="Divide advantages by the std of all rewards of the epoch (the authors'), or of the group."
     )
     advantage_clip: float = Field(5.0, gt=0, description="Advantages are clipped to this size and divided by it.")
     clip_range: float = Field(1.0, gt=0, description="Clip range of the ratio (the authors': 1, on-policy).")
@@ -96,7 +100,8 @@ class AWM(SampleAlgorithm):
     def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
         """Return ``advantage`` ``(B,)`` in [-1, 1]."""
         bound = self.config.advantage_clip
-        return Prepared({"advantage": normalize_groups(rewards.total, prompts).clamp(-bound, bound) / bound})
+        advantage = normalize_groups(rewards.total, prompts, self.config.global_std)
+        return Prepared({"advantage": advantage.clamp(-bound, bound) / bound})
 
     def point_loss(self, point: Point, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the losses ``(B,)``, their ratio and their distances."""

@@ -32,6 +32,9 @@ class DiffusionDPOConfig(PairsConfig, SampleConfig):
     """Settings of Diffusion-DPO and Flow-DPO."""
 
     lr: float = Field(2e-5, gt=0, description="Learning rate of AdamW (Diffusion-DPO's 1e-8 times its batch of 2048).")
+    fit_guidance: float | None = Field(
+        1.0, gt=0, description="Guidance scale of the fitted prediction: 1, the bare one (paper); null: the sampler's."
+    )
     beta: float | None = Field(
         None,
         gt=0,

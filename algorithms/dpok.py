@@ -15,8 +15,7 @@ Which variant this is. KL and log-probs are means over dimensions, and the KL is
 Gaussians; the authors' published code was read except for the file of its KL, which is likely a squared difference of
 noise predictions. V is a running mean of the prompt's rewards (``baseline: prompt``), that mean corrected by a network
 that sees x_t, t and the prompt, fitted by squared error after each epoch (``value``, after the paper; a small network
-of our own on averaged latents, one per process), or is left out. On flow models the same loss runs on the SDE's
-Gaussians.
+of our own on averaged latents), or is left out. On flow models the same loss runs on the SDE's Gaussians.
 """
 
 from __future__ import annotations
@@ -60,7 +59,8 @@ class DPOKConfig(TransitionConfig):
     )
     baseline: Literal["prompt", "value", "none"] = Field(
         "prompt",
-        description="V: the mean of the prompt's latest rewards, that mean corrected by a value network, or none.",
+        description="V: the mean of the prompt's latest rewards (of a prompt's first: of the epoch's), that mean "
+        "corrected by a value network, or none.",
     )
     baseline_buffer: int = Field(64, ge=2, description="Rewards remembered per prompt (baseline: prompt and value).")
     value_lr: float = Field(1e-4, gt=0, description="Learning rate of the value network (the authors').")
@@ -98,11 +98,13 @@ class DPOK(TransitionAlgorithm):
         if self.config.baseline == "none":
             return Prepared({"advantage": total})
         advantage = torch.zeros_like(total)
+        everywhere = total.double().mean()
         for group in groups_of(prompts):
             seen = self._seen.setdefault(prompts[group[0]], deque(maxlen=self.config.baseline_buffer))
             seen.extend(total[group].tolist())
-            # In double precision, so that equal rewards have exactly their mean.
-            mean = torch.tensor(list(seen), dtype=torch.float64).mean()
+            # In double precision, so that equal rewards have exactly their mean. A reward that is the first of its
+            # prompt has nothing to be measured from but the others of the epoch.
+            mean = torch.tensor(list(seen), dtype=torch.float64).mean() if len(seen) > 1 else everywhere
             advantage[group] = (total[group].double() - mean).float()
         return Prepared({"advantage": advantage})
 
@@ -116,7 +118,7 @@ class DPOK(TransitionAlgorithm):
 
         def loss_of(view: StepView, reference: Gaussian | None) -> tuple[Tensor, dict[str, Tensor]]:
             rows = features(trajectory.states[:, view.index], context.sampler.level(view.timestep).sigma, batch.prompts)
-            value.remember(rows, advantage)
+            value.show(batch.keys, view.index, rows, advantage)
             predicted = value(rows).to(advantage)
             loss, stats = self.step_loss(view, {"advantage": advantage - predicted}, reference)
             return loss, {**stats, "value_error": (advantage - predicted).square()}

@@ -61,8 +61,8 @@ class DRaFT(GradientAlgorithm):
         """Yield the sample, and for DRaFT-LV the pictures predicted from its re-noised copies."""
         sampler, count = context.sampler, self.config.renoised
         if count == 0:
-            begin = sampler.steps - self.config.last_steps
-            steps = range(begin, sampler.steps)
+            length = sampler.loop_length(batch.prompts, batch.keys, batch.conditions)
+            steps = range(max(length - self.config.last_steps, 0), length)
             yield sampler.backprop(batch.prompts, keys=batch.keys, conditions=batch.conditions, grad_steps=steps), 1.0
             return
         trajectory = sampler.rollout(batch.prompts, keys=batch.keys, conditions=batch.conditions, decode=False)

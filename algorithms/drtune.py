@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftune.algorithm import Batch, Context, GradientAlgorithm, GradientConfig, algorithm
-from difftune.algorithms._steps import middle_step
+from difftune.algorithms._steps import Shares, middle_step
 from difftune.policy import Policy
 
 
@@ -32,7 +32,7 @@ class DRTuneConfig(GradientConfig):
     """DRTune's settings."""
 
     trained_steps: int = Field(4, ge=1, description="K, the evenly spaced steps that are trained (our default).")
-    stop_range: tuple[float, float] | None = Field(
+    stop_range: Shares | None = Field(
         None, description="Share of the steps that m is drawn from, to stop early; null: all steps are sampled."
     )
 
@@ -75,11 +75,12 @@ class DRTune(GradientAlgorithm):
     def draws(self, batch: Batch, context: Context) -> Iterator[tuple[Tensor, float]]:
         """Yield one draw, differentiated at the chosen steps with their inputs held constant."""
         sampler = context.sampler
+        length = sampler.loop_length(batch.prompts, batch.keys, batch.conditions)
         offset = float(torch.rand(1, generator=context.generator))
         bounds, stop = self.config.stop_range, None
         if bounds is not None:
-            stop = middle_step(bounds, sampler.steps, context.generator)
-        count = sampler.steps if stop is None else stop + 1
+            stop = middle_step(bounds, length, context.generator)
+        count = length if stop is None else stop + 1
         steps = spaced_steps(self.config.trained_steps, count, offset)
         with stopped_inputs(context.policy):
             images = sampler.backprop(

@@ -46,6 +46,7 @@ from difftune.algorithm import (
     RATIO_METRICS,
     Batch,
     Context,
+    Plan,
     Prepared,
     TransitionAlgorithm,
     TransitionConfig,
@@ -54,7 +55,8 @@ from difftune.algorithm import (
     importance_sampling_loss,
     ratio_stats,
 )
-from difftune.noise import keyed_noise
+from difftune.policy import Policy
+from difftune.reward import Reward, WeightedReward
 from difftune.sampler import Sampler, StepView
 from difftune.transition import Gaussian
 from difftune.types import RewardOutput, Trajectory, UserError
@@ -69,7 +71,8 @@ class GRPOConfig(TransitionConfig):
         True, description="Divide by the std of all rewards of the epoch (Flow-GRPO) or of the group (DanceGRPO)."
     )
     mix: Literal["total", "parts"] = Field(
-        "total", description="Standardise the reward's total, or each of its parts apart and add them up (MixGRPO)."
+        "total",
+        description="Standardise the reward's total, or each of its terms apart and add them up by weight (MixGRPO).",
     )
     kl_weight: float = Field(
         0.004, ge=0, description="Weight of the KL to the base model, mean over dimensions (0.04 |dt|: see above)."
@@ -111,35 +114,64 @@ class GRPO(TransitionAlgorithm):
     compares = "standardises rewards"
     metrics = {**TransitionAlgorithm.metrics, **RATIO_METRICS}
 
+    def __init__(self, config: GRPOConfig) -> None:
+        super().__init__(config)
+        self._weights: dict[str, float] = {}
+
+    def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
+        """Refuse terms that are standardised apart where there are none, and note their weights."""
+        super().check(sampler, reward, plan)
+        if self.config.mix == "parts":
+            if not isinstance(reward, WeightedReward):
+                raise UserError(
+                    f"algorithm.mix: parts standardises the terms of a sum, and {reward.name!r} is none; use a list of "
+                    "rewards, or mix: total"
+                )
+            self._weights = {name: weight for name, weight, _ in reward.terms}
+
+    def setup(self, policy: Policy) -> None:
+        """Keep the weights that draw the first rollout, which the guard compares with."""
+        if self.config.ratio == "guard":
+            policy.store_adapter("rollout")
+
+    def after_epoch(self, policy: Policy, step: int) -> None:
+        """Keep those that draw the next one."""
+        self.setup(policy)
+
     def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
         """Return ``advantage`` ``(B,)``, standardised within groups and clipped."""
-        advantage = torch.stack([normalize_groups(r, prompts, self.config.global_std) for r in self._terms(rewards)])
+        terms = self._terms(rewards)
+        advantage = torch.stack([w * normalize_groups(r, prompts, self.config.global_std) for w, r in terms])
         bound = self.config.advantage_clip
         return Prepared({"advantage": advantage.sum(0).clamp(-bound, bound)})
 
-    def _terms(self, rewards: RewardOutput) -> list[Tensor]:
+    def _terms(self, rewards: RewardOutput) -> list[tuple[float, Tensor]]:
+        """Return what is standardised, with its weight: the total, or the terms of the weighted sum."""
         if self.config.mix == "total":
-            return [rewards.total]
+            return [(1.0, rewards.total)]
         # A weighted sum also lists the parts of its terms, as term/part: those are in the term already.
-        terms = [part for name, part in rewards.parts.items() if "/" not in name]
-        if not terms:
+        weights = self._weights or {name: 1.0 for name in rewards.parts if "/" not in name}
+        if not weights:
             raise UserError("algorithm.mix: parts needs a reward with parts; use a list of rewards, or mix: total")
-        return terms
+        return [(weight, rewards.parts[name]) for name, weight in weights.items()]
 
     def accumulate(self, batch: Batch, context: Context) -> dict[str, float]:
         """Replay the chosen steps, with the old policy's means at hand where the guard needs them."""
         trajectory = batch.trajectory
         assert trajectory is not None
+        if self.config.ratio == "plain":
+            return super().accumulate(batch, context)
+        steps = context.choose_steps(trajectory, self.config.timestep_fraction)
+        # Computed anew: what was recorded is rounded to the sample's dtype, and in bf16 its square, as the bias, would
+        # put every ratio above the clip range before anything is learnt.
+        with context.policy.adapter("rollout"):
+            old = context.sampler.transitions(trajectory, steps)
 
         def loss_of(view: StepView, reference: Gaussian | None) -> tuple[Tensor, dict[str, Tensor]]:
-            if self.config.ratio == "plain":
-                return self.step_loss(view, batch.values, reference)
-            # The rollout's sample less the noise it drew: the mean, up to the sample's rounding.
-            noise = keyed_noise(batch.keys, f"step{view.index}", view.mean)
-            old_mean = trajectory.step_out(view.index).to(view.mean) - view.std * noise
+            old_mean = old[view.index].mean.to(view.mean.device)
             return self.step_loss(view, batch.values, reference, old_mean, step_size(context.sampler, trajectory, view))
 
-        return self.train_steps(batch, context, loss_of)
+        return self.train_steps(batch, context, loss_of, steps)
 
     def step_loss(
         self,
@@ -158,6 +190,5 @@ class GRPO(TransitionAlgorithm):
         if old_mean is not None:
             log_ratio = guarded_log_ratio(log_ratio, view.mean, old_mean, view.std, view.gaussian.mask)
         loss = importance_sampling_loss(log_ratio, torch.zeros_like(log_ratio), advantage, self.config.clip_range) / dt
-        stats = ratio_stats(view, self.config.clip_range)
-        stats["clip_fraction"] = ((log_ratio.detach().exp() - 1).abs() > self.config.clip_range).float()
+        stats = ratio_stats(view, self.config.clip_range, log_ratio)
         return add_kl(loss, stats, view, reference, self.config.kl_weight)

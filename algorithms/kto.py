@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from difftune.advantage import groups_of, normalize_groups
+from difftune.advantage import groups_of, signs_in_groups
 from difftune.algorithm import Batch, Plan, Point, Prepared, SampleAlgorithm, SampleConfig, algorithm, require_group
 from difftune.algorithms._preferences import DataConfig, Offline, beta_of, improvement
 from difftune.reward import Reward
@@ -37,6 +37,9 @@ class KTOConfig(DataConfig, SampleConfig):
     """Diffusion-KTO's settings."""
 
     lr: float = Field(2e-5, gt=0, description="Learning rate of AdamW (our default; the authors' 1e-7 is a UNet's).")
+    fit_guidance: float | None = Field(
+        1.0, gt=0, description="Guidance scale of the fitted prediction: 1, the bare one (paper); null: the sampler's."
+    )
     beta: float | None = Field(
         None, gt=0, description="Slope of the utility in mean squared errors; null: 5000 on noise, 100 on velocity."
     )
@@ -93,7 +96,7 @@ class KTO(Offline, SampleAlgorithm):
             told = label.nonzero().flatten().tolist()
             size = self.config.baseline_samples
             return Prepared({"label": label}, [told[start : start + size] for start in range(0, len(told), size)])
-        label = normalize_groups(rewards.total, prompts).sign()
+        label = signs_in_groups(rewards.total, prompts)
         return Prepared({"label": label}, [g for g in groups_of(prompts) if bool(label[g].any())])
 
     def point_loss(self, point: Point, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -31,6 +31,9 @@ from difftune.types import RewardOutput, UserError
 class RAFTConfig(SampleConfig):
     """RAFT's settings."""
 
+    fit_guidance: float | None = Field(
+        1.0, gt=0, description="Guidance scale of the fitted prediction: 1, the bare one; null: the sampler's."
+    )
     keep: int = Field(1, ge=1, description="Samples kept per prompt, the best first (paper: 1).")
 
 

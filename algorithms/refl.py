@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftune.algorithm import Batch, Context, GradientAlgorithm, GradientConfig, algorithm
-from difftune.algorithms._steps import middle_step
+from difftune.algorithms._steps import Shares, middle_step
 
 
 class ReFLConfig(GradientConfig):
@@ -35,7 +35,7 @@ class ReFLConfig(GradientConfig):
     )
     target: float | None = Field(2.0, description="The reward above which nothing is learnt (ImageReward's 2).")
     loss_scale: float = Field(1e-3, gt=0, description="Factor of the loss (the authors'); clipping may hide it.")
-    step_range: tuple[float, float] = Field(
+    step_range: Shares = Field(
         (0.75, 1.0), description="Share of the steps that m is drawn from (the authors': steps 30 to 39 of 40)."
     )
 
@@ -50,7 +50,8 @@ class ReFL(GradientAlgorithm):
     def draws(self, batch: Batch, context: Context) -> Iterator[tuple[Tensor, float]]:
         """Yield the picture predicted at a random late step."""
         sampler = context.sampler
-        m = middle_step(self.config.step_range, sampler.steps, context.generator)
+        length = sampler.loop_length(batch.prompts, batch.keys, batch.conditions)
+        m = middle_step(self.config.step_range, length, context.generator)
         images = sampler.backprop(
             batch.prompts, keys=batch.keys, conditions=batch.conditions, grad_steps=[m], stop=m
         )

@@ -43,6 +43,9 @@ class SePPOConfig(DataConfig, SampleConfig):
     """SePPO's settings."""
 
     lr: float = Field(2e-5, gt=0, description="Learning rate of AdamW (our default, as for Diffusion-DPO).")
+    fit_guidance: float | None = Field(
+        1.0, gt=0, description="Guidance scale of the fitted prediction: 1, the bare one (paper); null: the sampler's."
+    )
     beta: float | None = Field(
         None, gt=0, description="Strength of the preference in mean squared errors; null: as for Diffusion-DPO."
     )

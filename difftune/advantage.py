@@ -17,6 +17,9 @@ from torch import Tensor
 #: Added to every standard deviation (see reliability: jitter of 1e-7 must not become an advantage of 1).
 EPSILON = 1e-4
 
+#: Rewards that differ by less than this share of their size are equal but for rounding: they make no pair.
+ROUNDING = 1e-6
+
 
 def groups_of(prompts: Sequence[str]) -> list[list[int]]:
     """Return the indices of each prompt's samples, in order of first appearance."""
@@ -76,11 +79,19 @@ def exponential_weights(rewards: Tensor, scale: float, prompts: Sequence[str] | 
 
 
 def above_quantile(rewards: Tensor, quantile: float) -> Tensor:
-    """Return ``(B,)`` 1 for the rewards above the batch's quantile, 0 for the others; all 1 if all are equal."""
+    """Return ``(B,)`` 1 for the rewards above the batch's quantile, 0 for the others.
+
+    Where more samples than that share the best reward (a reward that is 0 or 1), these are the ones that get 1.
+    """
     rewards = rewards.detach().float()
     kept = rewards > torch.quantile(rewards, quantile)
-    # Equal rewards are above no quantile of theirs; without a difference there is nothing to choose by.
-    return kept.float() if bool(kept.any()) else torch.ones_like(rewards)
+    return kept.float() if bool(kept.any()) else (rewards == rewards.max()).float()
+
+
+def signs_in_groups(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return ``(B,)`` +1 for rewards above the mean of their prompt's, -1 below, 0 at it (but for rounding)."""
+    advantage = normalize_groups(rewards, prompts)
+    return torch.where(advantage.abs() < 1e-2, torch.zeros_like(advantage), advantage.sign())
 
 
 def best_of_groups(rewards: Tensor, prompts: Sequence[str], keep: int = 1) -> list[int]:
@@ -93,6 +104,12 @@ def best_of_groups(rewards: Tensor, prompts: Sequence[str], keep: int = 1) -> li
 
 
 # -- pairs -------------------------------------------------------------------------------------------------------
+
+
+def _differ(high: Tensor, low: Tensor, margin: float) -> bool:
+    """Whether two rewards differ by more than the margin, and by more than rounding."""
+    least = ROUNDING * float(torch.maximum(high.abs(), low.abs()))
+    return float(high - low) > max(margin, least)
 
 
 @dataclass(frozen=True)
@@ -117,13 +134,13 @@ def preference_units(
 ) -> list[list[int]]:
     """Return the samples that are compared, one list per prompt: its best and worst, or all of its samples.
 
-    Prompts whose rewards differ by no more than ``margin`` make no pair and are left out.
+    Prompts whose rewards differ by no more than ``margin``, or by rounding only, make no pair and are left out.
     """
     rewards = rewards.detach().float()
     units = []
     for group in groups_of(prompts):
         best, worst = int(rewards[group].argmax()), int(rewards[group].argmin())
-        if float(rewards[group[best]] - rewards[group[worst]]) > margin:
+        if _differ(rewards[group[best]], rewards[group[worst]], margin):
             units.append([group[best], group[worst]] if mode == "best_worst" else group)
     return units
 
@@ -136,7 +153,7 @@ def pairs_of(
     Args:
         rewards: ``(B,)``.
         units: indices that are compared with one another.
-        margin: smallest difference (exclusive) that makes a pair.
+        margin: smallest difference (exclusive) that makes a pair; one of rounding never does.
         ties: keep the pairs within the margin too, in the order of their rewards.
     """
     winners: list[int] = []
@@ -147,7 +164,7 @@ def pairs_of(
         for place, i in enumerate(unit):
             for j in unit[place + 1 :]:
                 high, low = (i, j) if float(rewards[i]) >= float(rewards[j]) else (j, i)
-                if ties or float(rewards[high] - rewards[low]) > margin:
+                if ties or _differ(rewards[high], rewards[low], margin):
                     found.append((high, low))
         winners.extend(high for high, _ in found)
         losers.extend(low for _, low in found)

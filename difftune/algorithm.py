@@ -276,11 +276,20 @@ class TransitionAlgorithm(Algorithm):
         batch: Batch,
         context: Context,
         loss_of: Callable[[StepView, Gaussian | None], tuple[Tensor, dict[str, Tensor]]],
+        steps: Sequence[int] | None = None,
     ) -> dict[str, float]:
-        """Replay the chosen steps; ``loss_of`` gives each one's losses ``(N,)``, whose mean is trained on."""
+        """Replay the chosen steps; ``loss_of`` gives each one's losses ``(N,)``, whose mean is trained on.
+
+        Args:
+            batch: the micro-batch.
+            context: sampler, policy and the micro-batch's weight.
+            loss_of: gets the step and the base model's transition there, if that is wanted.
+            steps: the steps to train; by default they are chosen at random.
+        """
         trajectory = batch.trajectory
         assert trajectory is not None
-        steps = context.choose_steps(trajectory, getattr(self.config, "timestep_fraction", 1.0))
+        if steps is None:
+            steps = context.choose_steps(trajectory, getattr(self.config, "timestep_fraction", 1.0))
         reference: Mapping[int, Gaussian] = {}
         if self.needs_reference():
             with context.policy.reference():
@@ -288,7 +297,8 @@ class TransitionAlgorithm(Algorithm):
         meter = Meter()
 
         def on_step(view: StepView) -> None:
-            loss, stats = loss_of(view, reference.get(view.index))
+            base = reference.get(view.index)
+            loss, stats = loss_of(view, None if base is None else base.to(view.mean.device))
             require_finite_loss(self.name, loss, batch.prompts, f"step {view.index}")
             (loss.mean() * (context.weight / len(steps))).backward()
             meter.add(loss=loss, **stats)
@@ -324,10 +334,16 @@ def add_kl(
     return loss + weight * kl, {**stats, "kl": kl.detach()}
 
 
-def ratio_stats(view: StepView, clip_range: float) -> dict[str, Tensor]:
-    """Return ``(B,)`` metrics of a step's ratio to the policy that sampled."""
+def ratio_stats(view: StepView, clip_range: float, clipped: Tensor | None = None) -> dict[str, Tensor]:
+    """Return ``(B,)`` metrics of a step's ratio to the policy that sampled.
+
+    Args:
+        view: the step.
+        clip_range: what the ratio is clipped to.
+        clipped: ``(B,)`` log of the ratio that is clipped, where that is not the plain one.
+    """
     log_ratio = (view.log_prob - view.old_log_prob).detach()
-    ratio = log_ratio.exp()
+    ratio = (log_ratio if clipped is None else clipped.detach()).exp()
     return {
         "ratio": ratio,
         "clip_fraction": ((ratio - 1).abs() > clip_range).float(),
@@ -384,8 +400,13 @@ class SampleConfig(AlgorithmConfig):
     timestep_range: tuple[float, float] = Field(
         (0.0, 1.0), description="Part of the schedule that noise levels are drawn from; 0 is the picture, 1 pure noise."
     )
-    timestep_sampling: Literal["uniform", "logit_normal"] = Field(
-        "uniform", description="How noise levels are drawn: evenly (DDPM), or logit-normal (Stable Diffusion 3)."
+    timestep_sampling: Literal["uniform", "logit_normal", "sampler"] = Field(
+        "uniform",
+        description="How noise levels are drawn: evenly (DDPM), logit-normal (Stable Diffusion 3), or from the "
+        "sampler's own steps.",
+    )
+    fit_guidance: float | None = Field(
+        None, gt=0, description="Guidance scale of the prediction that is fitted: 1, the bare one; null, the sampler's."
     )
 
     @model_validator(mode="after")
@@ -475,8 +496,8 @@ class SampleAlgorithm(Algorithm):
     """An algorithm whose loss is a mean over finished samples and noise levels; subclasses give :meth:`point_loss`.
 
     Noise levels are drawn once per minibatch, noise per sample: how a minibatch is cut into micro-batches changes
-    nothing. The model is asked through the pipeline's own call, so guidance is on, as it is in sampling: the guided
-    prediction is what is fitted (sampler.guidance_scale = 1 trains the bare conditional one).
+    nothing. The model is asked through the pipeline's own call, with the guidance of ``fit_guidance`` where that is
+    set and else with the one it samples with.
 
     Attributes:
         shared_noise: the noise belongs to the prompt, so that the samples of a pair get the same.
@@ -500,22 +521,34 @@ class SampleAlgorithm(Algorithm):
         trajectory = batch.trajectory
         assert trajectory is not None
         config, sampler = self.config, context.sampler
-        times = draw_times(config.timesteps, config.timestep_range, config.timestep_sampling, context.generator)
+        own = trajectory.times if config.timestep_sampling == "sampler" else None
+        sampling = "uniform" if own is not None else config.timestep_sampling
+        shares = draw_times(config.timesteps, config.timestep_range, sampling, context.generator)
+        if own is None:
+            times = [sampler.timestep(u) for u in shares]
+        else:
+            # Steps go from pure noise to the picture; shares the other way.
+            times = [float(own[min(int((1 - u) * len(own)), len(own) - 1)]) for u in shares]
         salt = int(torch.randint(2**31, (1,), generator=context.generator))
         x0 = working(trajectory.states[:, -1]).to(context.policy.device)
         keys = [replace(key, sample=-1) for key in batch.keys] if self.shared_noise else batch.keys
         space: Space = "velocity" if is_flow(sampler) else "noise"
         points: list[tuple[float, Tensor]] = []
         truths: list[Endpoints] = []
-        for number, u in enumerate(times):
-            timestep = sampler.timestep(u)
+        for number, timestep in enumerate(times):
             truth = Endpoints(x0, keyed_noise(keys, f"forward{salt}.{number}", x0))
             truths.append(truth)
             points.append((timestep, add_noise(truth.x0, truth.noise, sampler.level(timestep))))
 
         def probe(on_point: Callable[[PointView], Any], grad: bool) -> None:
             sampler.probe(
-                batch.prompts, points, on_point, keys=batch.keys, conditions=trajectory.conditions, grad=grad
+                batch.prompts,
+                points,
+                on_point,
+                keys=batch.keys,
+                conditions=trajectory.conditions,
+                grad=grad,
+                guidance_scale=config.fit_guidance,
             )
 
         others: dict[str, list[Endpoints]] = {}

@@ -105,6 +105,31 @@ class Driver:
         return True
 
 
+class StepCounter(Driver):
+    """Runs the loop without the denoiser and counts its steps.
+
+    Attributes:
+        length: the number of steps so far.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def action(self, index: int) -> Action:
+        """Skip the denoiser."""
+        return "skip"
+
+    def restart(self) -> bool:
+        """Begin again."""
+        self.length = 0
+        return True
+
+    def step(self, prediction: Prediction) -> Tensor:
+        """Count the step, and return the sample as it is."""
+        self.length += 1
+        return prediction.sample
+
+
 class Recorder(Driver):
     """Draws each step's noise and stores what the step received and returned.
 

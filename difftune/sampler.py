@@ -38,6 +38,7 @@ from difftune.drivers import (
     Recorder,
     Replayer,
     Retracer,
+    StepCounter,
     StepView,
 )
 from difftune.memory import halving, is_exhausted
@@ -292,6 +293,25 @@ class Sampler:
     def _condition(self, name: str, values: Any) -> Any:
         return as_argument(self.policy.pipe, name, values, self._parameters)
 
+    def loop_length(
+        self,
+        prompts: Sequence[str],
+        keys: Sequence[SampleKey],
+        conditions: Mapping[str, Sequence[Any]] | None = None,
+    ) -> int:
+        """Return the number of steps in the pipeline's loop: fewer than ``steps`` where it begins in the middle.
+
+        Costs one denoiser call at most, and nothing at all once something has been drawn.
+
+        Args:
+            prompts, keys, conditions: of samples that are drawn in one call, as in :meth:`rollout`.
+        """
+        if self._length is None:
+            counter = StepCounter()
+            self._drive(counter, tuple(prompts), tuple(keys), conditions or {})
+            self._length = counter.length
+        return self._length
+
     def noisy_steps(self, seed: int, epoch: int) -> tuple[int, ...] | None:
         """Return the steps inside the window in an epoch; ``None`` where there is no window."""
         if isinstance(self.window, Window):
@@ -342,16 +362,23 @@ class Sampler:
                 f"{trajectory.stochastic_steps}"
             )
         if not wanted:
-            raise ValueError("no step to replay: the trajectory has no stochastic step (dynamics=ode or eta=0)")
+            raise UserError(
+                f"no step to replay: none of the loop's {trajectory.num_steps} steps carries noise (dynamics="
+                f"{self.dynamics}, eta={self.eta:g}, window={self.window}); set sampler.eta above 0, and a window in "
+                "the loop, which is shorter than sampler.steps where `strength` is below 1"
+            )
         driver = Replayer(trajectory, on_step, wanted, grad)
         self._drive(driver, trajectory.prompts, trajectory.keys, trajectory.conditions)
 
     def transitions(self, trajectory: Trajectory, steps: Sequence[int] | None = None) -> dict[int, Gaussian]:
-        """Return the Gaussians of the wanted steps under the weights in place, without gradients."""
+        """Return the Gaussians of the wanted steps under the weights in place, without gradients.
+
+        They are kept where trajectories are (``store``).
+        """
         found: dict[int, Gaussian] = {}
 
         def keep(view: StepView) -> None:
-            found[view.index] = view.gaussian
+            found[view.index] = view.gaussian.to("cpu") if self.store == "host" else view.gaussian
 
         self.replay(trajectory, keep, steps, grad=False)
         return found
@@ -367,6 +394,7 @@ class Sampler:
         keys: Sequence[SampleKey] | None = None,
         conditions: Mapping[str, Sequence[Any]] | None = None,
         grad: bool = True,
+        guidance_scale: float | None = None,
     ) -> None:
         """Evaluate the pipeline's guided prediction at chosen points of the forward process.
 
@@ -376,24 +404,34 @@ class Sampler:
             on_point: gets a :class:`PointView` per point, in order; may call ``backward`` at once.
             keys, conditions: as in :meth:`rollout`, for pipelines that draw noise of their own.
             grad: whether to record graphs.
+            guidance_scale: classifier-free guidance of the prediction, 1 for none; the sampler's own if ``None``.
+                Guidance that a distilled model takes as an input stays as it is.
         """
         prompts = tuple(prompts)
         keys = sample_keys(prompts, 0, 0) if keys is None else tuple(keys)
         if not points:
             raise ValueError("no point to probe")
-        conditions = conditions or {}
+        given: dict[str, Any] = {**(conditions or {}), **self._guided(guidance_scale)}
         keeps_steps = self._puppet._difftune.grid.keeps_steps
         size = max(self.steps - 1, 1) if keeps_steps else len(points)
         for start in range(0, len(points), size):
             part = points[start : start + size]
             driver = Prober(part, on_point, grad, start)
-            steps = self.steps if keeps_steps else self._probing_steps(len(part), conditions)
-            self._drive(driver, prompts, keys, conditions, steps=steps)
+            steps = self.steps if keeps_steps else self._probing_steps(len(part), given)
+            self._drive(driver, prompts, keys, given, steps=steps)
             if driver.visited < len(part):
                 raise UserError(
                     f"probe: {type(self.policy.pipe).__name__} came by {driver.visited} of {len(part)} points; its "
                     "loop leaves out more steps than `strength` says"
                 )
+
+    def _guided(self, scale: float | None) -> dict[str, float]:
+        """Return the argument of the call that sets classifier-free guidance, where there is one."""
+        if scale is None:
+            return {}
+        name = "true_cfg_scale" if "true_cfg_scale" in self._parameters else "guidance_scale"
+        distilled = name == "guidance_scale" and any(map(_takes_guidance, self.policy.denoisers.values()))
+        return {name: scale} if name in self._parameters and not distilled else {}
 
     def _probing_steps(self, points: int, conditions: Mapping[str, Any]) -> int:
         """Return how many steps to ask for so that the loop has at least one step more than there are points."""
@@ -788,6 +826,12 @@ def find_scheduler(pipe: Any) -> list[tuple[Any, str]]:
         name = named[0]
     native = getattr(pipe, name)
     return [(pipe, name), *((part, "scheduler") for part in parts if part.scheduler is native)]
+
+
+def _takes_guidance(denoiser: Any) -> bool:
+    """Whether guidance is an input of the denoiser, which was distilled for that (FLUX, latent consistency models)."""
+    config = getattr(denoiser, "config", None)
+    return bool(getattr(config, "guidance_embeds", False) or getattr(config, "time_cond_proj_dim", None))
 
 
 def _swaps_processors(pipe: Any) -> bool:

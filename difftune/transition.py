@@ -90,6 +90,11 @@ class Gaussian:
         per_dim = (self.mean - other.mean) ** 2 / (2 * other.std**2) + 0.5 * (spread - 1 - math.log(spread))
         return _reduce(self._masked(per_dim), reduce)
 
+    def to(self, device: torch.device | str) -> Gaussian:
+        """Return it with its tensors on ``device``."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return Gaussian(self.mean.to(device), self.std, mask)
+
     def _masked(self, per_dim: Tensor) -> Tensor:
         return per_dim if self.mask is None else per_dim * self.mask
 

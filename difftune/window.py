@@ -14,7 +14,8 @@ from difftune.types import UserError
 class Window(BaseModel):
     """A window of ``size`` steps that is drawn or moved from epoch to epoch; the steps outside are ODE steps.
 
-    ``random``: ``size`` different steps, drawn anew every ``every`` epochs (the idea of Flow-GRPO-Fast).
+    ``random``: ``size`` neighbouring steps from a random one on, drawn anew every ``every`` epochs (Flow-GRPO-Fast: the
+    block begins within the first half of the steps; that is what ``last`` is for).
     ``sliding``: ``size`` neighbouring steps, from the noisiest on, that move by ``stride`` every ``every`` epochs and
     begin again when they have come to the end (MixGRPO, Li et al. 2025, arXiv 2507.21802: size 4 of 25 steps, stride 1,
     every 25).
@@ -24,7 +25,7 @@ class Window(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["random", "sliding"] = Field(description="Steps drawn at random, or a block that moves.")
+    kind: Literal["random", "sliding"] = Field(description="A block of steps drawn at random, or one that moves.")
     size: int = Field(4, ge=1, description="Steps that carry noise in one epoch (MixGRPO: 4 of 25).")
     stride: int = Field(1, ge=1, description="Steps by which a sliding window moves.")
     every: int = Field(1, ge=1, description="Epochs between two moves or draws (MixGRPO: 25).")
@@ -54,16 +55,14 @@ class Window(BaseModel):
         """Return the noisy steps, in order, of ``epoch`` (from 1; 0 is what is drawn before training)."""
         choices = range(self.first, self._last(steps) + 1)
         number = max(epoch - 1, 0) // self.every
+        room = len(choices) - self.size
         if self.kind == "sliding":
-            positions = (len(choices) - self.size) // self.stride + 1
-            start = number % positions * self.stride
-            return tuple(choices[start : start + self.size])
-
-        # Sorted by hash, because random generators only promise their streams within one version of their library.
-        def place(step: int) -> bytes:
-            return hashlib.sha256(f"window/{seed}/{number}/{step}".encode()).digest()
-
-        return tuple(sorted(sorted(choices, key=place)[: self.size]))
+            start = number % (room // self.stride + 1) * self.stride
+        else:
+            # By hash, because random generators only promise their streams within one version of their library.
+            drawn = hashlib.sha256(f"window/{seed}/{number}".encode()).digest()
+            start = int.from_bytes(drawn[:8], "big") % (room + 1)
+        return tuple(choices[start : start + self.size])
 
     def _last(self, steps: int) -> int:
         return max(steps - 2, 0) if self.last is None else self.last

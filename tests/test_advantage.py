@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from difftune.advantage import PromptStatistics, groups_of, normalize_batch, normalize_groups
+from difftune.advantage import (
+    PromptStatistics,
+    groups_of,
+    normalize_batch,
+    normalize_groups,
+    pairs_of,
+    preference_units,
+    signs_in_groups,
+)
 
 PROMPTS = ["a", "b", "a", "a", "b", "c"]
 REWARDS = torch.tensor([1.0, 5.0, 2.0, 4.0, 7.0, 3.0])
@@ -41,6 +49,19 @@ def test_jitter_does_not_become_an_advantage_of_one() -> None:
     rewards = 0.5 + 1e-7 * torch.arange(6.0)
     assert float(normalize_batch(rewards).abs().max()) < 1e-2
     assert float(normalize_groups(rewards, PROMPTS).abs().max()) < 1e-2
+
+
+def test_jitter_makes_no_label_and_no_pair() -> None:
+    """Rounding is no preference: a mean that is not hit exactly is hit, and rewards of 0.5 + 1e-7 k are equal."""
+    prompts = ["a"] * 3 + ["b"] * 3
+    rewards = torch.tensor([0.0, 0.1, 0.2, 0.8, 0.9, 1.0])
+    assert signs_in_groups(rewards, prompts).tolist() == [-1, 0, 1, -1, 0, 1]
+    jitter = 0.5 + 1e-7 * torch.arange(6)
+    assert jitter.unique().numel() > 1 and signs_in_groups(jitter, prompts).eq(0).all()
+    for mode in ("best_worst", "all"):
+        assert preference_units(jitter, prompts, mode) == []  # type: ignore[arg-type]
+        assert len(preference_units(rewards, prompts, mode)) == 2  # type: ignore[arg-type]
+    assert len(pairs_of(jitter, [[0, 1, 2]])) == 0 and len(pairs_of(rewards, [[0, 1, 2]])) == 3
 
 
 def test_a_group_of_one_gets_zero() -> None:

@@ -8,10 +8,11 @@ import chains
 import pytest
 import torch
 
-from difftune.algorithm import SampleConfig, build_algorithm, draw_times, is_flow
+from difftune.algorithm import Batch, Context, Endpoints, Point, SampleConfig, build_algorithm, draw_times, is_flow
 from difftune.algorithms import awm, nft
 from difftune.reward import FunctionReward
 from difftune.trainer import Trainer
+from difftune.transition import Level
 from difftune.types import RewardOutput
 
 
@@ -161,6 +162,28 @@ def test_noise_levels_are_stratified_and_within_bounds() -> None:
         SampleConfig(timestep_range=(0.5, 0.5))
 
 
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.5, 1.0)])
+def test_noise_levels_may_be_those_of_the_samplers_own_steps(bounds: tuple[float, float]) -> None:
+    """As many different ones as there are steps to choose from; the noisy half is the first half of the steps."""
+    sampler = chains.sampler("flow", steps=6)
+    count = 6 if bounds[0] == 0 else 3
+    algorithm = build_algorithm("raft", timesteps=count, timestep_sampling="sampler", timestep_range=bounds)
+    traj = sampler.rollout(["a"] * 2)
+    seen: list[float] = []
+    original = algorithm.point_loss  # type: ignore[attr-defined]
+
+    def watched(point: Point, batch: Batch) -> Any:
+        seen.append(point.timestep)
+        return original(point, batch)
+
+    algorithm.point_loss = watched  # type: ignore[attr-defined]
+    values = {"reward": torch.ones(2)}
+    batch = Batch(traj.prompts, traj.keys, values, traj, metadata=[{}] * 2)
+    reward = FunctionReward("r", lambda images, prompts: images.flatten(1).mean(1), True)
+    algorithm.accumulate(batch, Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0))
+    assert sorted(seen, reverse=True) == pytest.approx(traj.times[:count].tolist())
+
+
 def test_flow_models_are_told_from_diffusion_models() -> None:
     assert is_flow(chains.sampler("flow")) and not is_flow(chains.sampler("diffusion"))
 
@@ -173,3 +196,73 @@ def test_cutting_into_micro_batches_changes_nothing(name: str) -> None:
         list(run)
         results.append(run.policy.parameters()[0].detach())
     torch.testing.assert_close(results[0], results[1], atol=2e-4, rtol=0)
+
+
+# -- whole losses, term by term ----------------------------------------------------------------------------------
+
+#: Rewards of four samples of a prompt, and their advantages: the std is the population's, 1e-4 is added to it.
+REWARDS = torch.tensor([1.0, 4.0, 2.0, 0.5])
+ADVANTAGES = ((REWARDS - REWARDS.mean()) / (REWARDS.std(correction=0) + 1e-4)).double()
+
+
+def velocities(*names: str) -> tuple[torch.Tensor, Endpoints, Any]:
+    """A velocity with its graph, the truth, and the point at time 0.4 where adapters ``names`` have others."""
+    t = 0.4
+    generator = torch.Generator().manual_seed(5)
+    x0, noise, predicted, *others = torch.randn(3 + len(names), 4, 6, dtype=torch.float64, generator=generator)
+    predicted.requires_grad_()
+    x_t = (1 - t) * x0 + t * noise
+
+    def on_path(v: torch.Tensor) -> Endpoints:
+        return Endpoints(x_t - t * v, x_t + (1 - t) * v)
+
+    found = {name: on_path(v) for name, v in zip(names, others, strict=True)}
+    truth = Endpoints(x0, noise)
+    return predicted, truth, Point(1000 * t, Level.flow(t), "velocity", truth, on_path(predicted), found)
+
+
+def loss_at(algorithm: Any, point: Point) -> torch.Tensor:
+    """The losses of four samples with :data:`REWARDS`."""
+    prompts = ("a",) * 4
+    values = algorithm.prepare(prompts, RewardOutput(REWARDS)).values
+    return algorithm.point_loss(point, Batch(prompts, (), values, units=[[i] for i in range(4)]))[0]
+
+
+def assert_same(loss: torch.Tensor, expected: torch.Tensor, predicted: torch.Tensor) -> None:
+    """Losses and their gradients by the prediction agree."""
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    (got,) = torch.autograd.grad(loss.sum(), predicted, retain_graph=True)
+    (wanted,) = torch.autograd.grad(expected.sum(), predicted, retain_graph=True)
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("clip", "beta", "kl_weight"), [(5.0, 1.0, 0.3), (0.5, 0.2, 0.0), (2.0, 0.5, 2.0)])
+def test_nfts_loss_is_its_expansion(clip: float, beta: float, kl_weight: float) -> None:
+    """(c / beta) (|o - x0|^2 + beta^2 |p - o|^2 + 2 beta (2r - 1) (p - o)(o - x0)) + lambda |v - v_ref|^2.
+
+    p and o are the new and the old prediction of x0, 2r - 1 is the advantage by its clip c, within plus and minus 1.
+    """
+    nft_: Any = build_algorithm("nft", advantage_clip=clip, beta=beta, kl_weight=kl_weight, self_normalize=False)
+    predicted, truth, point = velocities("old", "reference")
+    new, old, base = point.predicted, point.others["old"], point.others["reference"]
+    preference = (ADVANTAGES / clip).clamp(-1, 1)[:, None]
+    step, gap = new.x0 - old.x0, old.x0 - truth.x0
+    inner = gap.square() + (beta * step).square() + 2 * beta * preference * step * gap
+    expected = (clip / beta * inner + kl_weight * (predicted - base.velocity).square()).mean(1)
+    assert_same(loss_at(nft_, point), expected, predicted)
+
+
+@pytest.mark.parametrize("distances", [(0.0, 0.0), (0.7, 0.0), (0.0, 1.3), (0.7, 1.3)])
+def test_awms_loss_is_the_ratio_and_two_distances(distances: tuple[float, float]) -> None:
+    """-A exp(m_old - m) + lambda_ref |v - v_ref|^2 + lambda_ema |v - v_ema|^2: both distances hold the policy back."""
+    kl_weight, ema_weight = distances
+    awm_: Any = build_algorithm(
+        "awm", weighting="uniform", advantage_clip=1.5, clip_range=1e3, kl_weight=kl_weight, ema_weight=ema_weight
+    )
+    predicted, truth, point = velocities("rollout", "reference", "ema")
+    error = (predicted - truth.velocity).square().mean(1)
+    old_error = (point.others["rollout"].velocity - truth.velocity).square().mean(1)
+    expected = -(ADVANTAGES.clamp(-1.5, 1.5) / 1.5) * (old_error - error).exp()
+    for name, weight in (("reference", kl_weight), ("ema", ema_weight)):
+        expected = expected + weight * (predicted - point.others[name].velocity).square().mean(1)
+    assert_same(loss_at(awm_, point), expected, predicted)

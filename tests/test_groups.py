@@ -9,6 +9,7 @@ from typing import Any
 
 import chains
 import pytest
+import tiny
 import torch
 
 from difftune.advantage import normalize_groups
@@ -17,11 +18,12 @@ from difftune.algorithms import grpo as grpo_module
 from difftune.algorithms._value import ValueNet, features
 from difftune.algorithms.dpok import clamped_loss
 from difftune.algorithms.grpo import guarded_log_ratio
-from difftune.reward import FunctionReward
-from difftune.sampler import StepView
+from difftune.policy import LoraConfig, Policy
+from difftune.reward import FunctionReward, WeightedReward
+from difftune.sampler import Sampler, StepView
 from difftune.trainer import Trainer
 from difftune.transition import Gaussian, flow_sde
-from difftune.types import RewardOutput, UserError
+from difftune.types import RewardOutput, SampleKey, UserError
 
 PROMPTS = ["a", "a", "a", "b", "b"]
 REWARDS = torch.tensor([1.0, 2.0, 6.0, 4.0, 5.0])
@@ -85,6 +87,48 @@ def test_the_guard_leaves_the_noise_times_the_shift() -> None:
     torch.testing.assert_close(guarded, (noise * shift).mean(1), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("kind", sorted(tiny.PIPELINES))
+def test_the_guards_ratio_is_one_at_first_in_low_precision_too(kind: str) -> None:
+    """What bf16 rounds off a sample is no shift of the mean: nothing may be clipped before anything is learnt."""
+    policy = Policy(tiny.PIPELINES[kind](), LoraConfig(rank=2))
+    policy.pipe.to(torch.bfloat16)
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.float()
+    sampler = Sampler(policy, steps=4, guidance_scale=2.0, eta=0.7)
+    grpo = build_algorithm("grpo", kl_weight=0.0, ratio="guard", clip_range=1e-9)
+    grpo.setup(policy)
+    traj = sampler.rollout(["a red cat"] * 3)
+    batch = Batch(traj.prompts, traj.keys, {"advantage": torch.ones(3)}, traj)
+    reward = FunctionReward("r", lambda images, prompts: images.flatten(1).mean(1), True)
+    context = Context(sampler, policy, reward, 1.0, torch.Generator(), 1, 0)
+    metrics = grpo.accumulate(batch, context)
+    assert metrics["ratio"] == 1 and metrics["clip_fraction"] == 0
+    assert any(p.grad is not None and bool(p.grad.any()) for p in policy.parameters())
+
+
+def test_terms_that_are_standardised_apart_are_added_by_weight() -> None:
+    """Only the weights' proportions and signs tell how much each term counts; a sum of one reward has no terms."""
+    rewards = {"a": torch.tensor([0.0, 1.0, 2.0, 3.0]), "b": torch.tensor([30.0, 10.0, 20.0, 0.0])}
+    sampler = chains.sampler("flow")
+
+    def advantage(*weights: float) -> torch.Tensor:
+        terms = [(name, weight, FunctionReward(name, lambda images, p: images.flatten(1).mean(1), True))
+                 for name, weight in zip(rewards, weights, strict=True)]  # fmt: skip
+        grpo = build_algorithm("grpo", mix="parts", advantage_clip=100.0)
+        grpo.check(sampler, WeightedReward(terms), Plan(1, 4, 1))
+        total = weights[0] * rewards["a"] + weights[1] * rewards["b"]
+        scored = RewardOutput(total, {**rewards, "b/part": rewards["a"]})
+        return grpo.prepare(["x"] * 4, scored).values["advantage"]
+
+    first, second = advantage(1, 0), advantage(0, 1)
+    torch.testing.assert_close(advantage(2, -0.5), 2 * first - 0.5 * second)
+    torch.testing.assert_close(first, normalize_groups(rewards["a"], ["x"] * 4, True))
+    with pytest.raises(UserError, match=r"mix: parts standardises the terms of a sum, and 'r' is none"):
+        build_algorithm("grpo", mix="parts").check(
+            sampler, FunctionReward("r", lambda images, p: images.flatten(1).mean(1), True), Plan(1, 4, 1)
+        )
+
+
 def test_the_guard_leaves_out_what_the_pipeline_overwrites() -> None:
     """A known region's mean may lie anywhere: the ratio of the rest is what it is without the region."""
     torch.manual_seed(0)
@@ -94,6 +138,7 @@ def test_the_guard_leaves_out_what_the_pipeline_overwrites() -> None:
     # Nothing is kept: log-probs are 0, and so must be the bias of their ratios, wherever the policy has gone.
     kept = torch.zeros_like(traj.states[:, 1:], dtype=torch.bool)
     traj = replace(traj, kept=kept, log_probs=torch.zeros_like(traj.log_probs))
+    grpo.setup(sampler.policy)
     sampler.policy.parameters()[0].data += 0.5
     batch = Batch(traj.prompts, traj.keys, {"advantage": torch.ones(4)}, traj, metadata=[{}] * 4)
     reward = FunctionReward("none", lambda images, prompts: images.mean((1, 2, 3)), True)
@@ -123,15 +168,10 @@ def test_the_first_update_has_ratio_one_and_loss_minus_the_mean_advantage(chain:
     grpo: Any = build_algorithm("grpo", kl_weight=0.0, **settings)
     traj = sampler.rollout(["a"] * 4)
     advantage = torch.tensor([1.0, -2.0, 0.5, 2.0])
+    old = sampler.transitions(traj)
 
     def check(view: StepView) -> None:
-        old_mean = None
-        if settings.get("ratio") == "guard":
-            from difftune.noise import keyed_noise
-
-            noise = keyed_noise(traj.keys, f"step{view.index}", view.mean)
-            old_mean = traj.step_out(view.index) - view.std * noise
-            torch.testing.assert_close(old_mean, view.mean.detach(), atol=1e-5, rtol=0)
+        old_mean = old[view.index].mean if settings.get("ratio") == "guard" else None
         loss, stats = grpo.step_loss(view, {"advantage": advantage}, None, old_mean)
         torch.testing.assert_close(loss.detach(), -advantage, atol=1e-5, rtol=0)
         assert stats["ratio"].eq(1).all() and stats["clip_fraction"].eq(0).all()
@@ -149,7 +189,9 @@ def test_the_guard_divides_by_the_steps_size(chain: str) -> None:
     batch = Batch(traj.prompts, traj.keys, {"advantage": torch.full((3,), 2.0)}, traj)
     reward = FunctionReward("r", lambda images, prompts: images.flatten(1).mean(1), True)
     context = Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0)
-    metrics = build_algorithm("grpo", kl_weight=0.0, ratio="guard").accumulate(batch, context)
+    grpo = build_algorithm("grpo", kl_weight=0.0, ratio="guard")
+    grpo.setup(sampler.policy)
+    metrics = grpo.accumulate(batch, context)
     assert metrics["loss"] == pytest.approx(-2.0 * sum(1 / size for size in sizes) / len(sizes), rel=1e-3)
 
 
@@ -185,6 +227,45 @@ def surrogate_slope(name: str, ratio: float, advantage: float) -> float:
     return float(log_prob.grad)
 
 
+@pytest.mark.parametrize("chain", ["diffusion", "flow"])
+@pytest.mark.parametrize(("name", "reward_weight"), [("ddpo", 1.0), ("dpok", 10.0), ("grpo", 1.0)])
+def test_ratios_are_to_what_sampled_and_the_kl_is_to_the_base(name: str, reward_weight: float, chain: str) -> None:
+    """The whole loss of an update that is not a run's first: -A p / p_old + lambda KL(p || p_ref), and its gradient.
+
+    Three policies differ: the base model, the one that sampled, and the one that is trained.
+    """
+    sampler = chains.sampler(chain, shift=torch.zeros(chains.DIMS, dtype=torch.float64))
+    parameter = sampler.policy.parameters()[0]
+    parameter.data += 0.05 * torch.linspace(-1, 2, chains.DIMS)
+    traj = sampler.rollout(["a"] * 6)
+    parameter.data += 0.04 * torch.linspace(1, 0, chains.DIMS)
+    # No clipping: that is another test's.
+    method = build_algorithm(name, clip_range=1e3, kl_weight=0.7)
+    values = method.prepare(traj.prompts, RewardOutput(torch.tensor([1.0, 4.0, 2.0, 0.5, 3.0, -1.0]))).values
+    with sampler.policy.reference():
+        base = sampler.transitions(traj)
+    totals: list[float] = []
+
+    def by_hand(view: StepView) -> None:
+        density = torch.distributions.Normal(view.mean, view.std).log_prob(traj.step_out(view.index)).mean(1)
+        ratio = (density - traj.log_probs[:, view.index]).exp()
+        kl = (view.mean - base[view.index].mean).square().mean(1) / (2 * view.std**2)
+        loss = (0.7 * kl - reward_weight * values["advantage"] * ratio).mean()
+        (loss / len(base)).backward()
+        totals.append(float(loss.detach()))
+        far = (density.detach() - base[view.index].log_prob(traj.step_out(view.index))).abs().max()
+        assert float((ratio.detach() - 1).abs().max()) > 1e-4 and float(far) > 1e-4 and float(kl.detach().min()) > 1e-5
+
+    sampler.replay(traj, by_hand)
+    assert parameter.grad is not None
+    expected, parameter.grad = parameter.grad.clone(), None
+    batch = Batch(traj.prompts, traj.keys, values, traj, metadata=[{}] * 6, units=[[i] for i in range(6)])
+    reward = FunctionReward("none", lambda images, prompts: images.mean((1, 2, 3)), True)
+    metrics = method.accumulate(batch, Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0))
+    assert metrics["loss"] == pytest.approx(sum(totals) / len(totals), rel=1e-5, abs=1e-5)
+    torch.testing.assert_close(parameter.grad, expected, atol=1e-6 * float(expected.norm()), rtol=1e-5)
+
+
 def test_dpoks_loss_is_the_plain_clamp_and_ddpos_the_maximum() -> None:
     """C27, through the algorithms: raised though it should fall, DPOK has no gradient and DDPO is pulled back."""
     assert surrogate_slope("dpok", 1.2, -1.0) == 0
@@ -201,7 +282,8 @@ def test_the_value_network_learns_what_the_states_tell() -> None:
     rows = features(x, 0.5, ["a red cat"] * 400)
     net = ValueNet(lr=1e-3, buffer=1000)
     assert net(rows).eq(0).all()
-    net.remember(rows, target)
+    keys = [SampleKey(0, 1, "a red cat", number) for number in range(400)]
+    net.show(keys, 3, rows, target)
     before = float(target.square().mean())
     net.fit(300, 128)
     assert float((net(rows) - target).square().mean()) < 0.1 * before
@@ -210,9 +292,36 @@ def test_the_value_network_learns_what_the_states_tell() -> None:
     for either in (net, again):
         either.fit(2, 16)
     assert torch.equal(net(rows), again(rows))
-    for _ in range(2):
-        net.remember(rows, target)
+    for step in (3, 4):
+        net.show(keys, step, rows, target)
+    net.fit(1, 16)
     assert len(net.state_dict()["rows"]) == 1000
+
+
+def test_the_value_network_does_not_depend_on_the_order_that_it_is_shown_things_in() -> None:
+    rows, target = torch.randn(12, 136), torch.randn(12)
+    keys = [SampleKey(0, 1, "ab"[number % 2], number // 2) for number in range(12)]
+    one, other = ValueNet(1e-2, 100), ValueNet(1e-2, 100)
+    one.show(keys, 0, rows, target)
+    for part in (slice(7, 12), slice(0, 7), slice(3, 5)):
+        other.show(keys[part], 0, rows[part], target[part])
+    for net in (one, other):
+        net.fit(5, 8)
+    assert torch.equal(one(rows), other(rows)) and not one(rows).eq(0).any()
+
+
+def test_dpok_with_a_value_network_does_not_depend_on_the_micro_batch() -> None:
+    weights = []
+    for size in (2, 16):
+        sampler = chains.sampler("diffusion")
+        trainer = Trainer(
+            policy=sampler.policy, sampler=sampler, algorithm=build_algorithm("dpok", baseline="value", value_lr=1e-2),
+            reward=FunctionReward("r", lambda images, p: chains.logits(images).mean(1), True), prompts=["a", "b"],
+            epochs=4, prompts_per_epoch=2, samples_per_prompt=8, updates_per_epoch=1, micro_batch=size,
+        )  # fmt: skip
+        list(trainer)
+        weights.append(trainer.policy.parameters()[0].detach().clone())
+    torch.testing.assert_close(*weights, atol=1e-5, rtol=0)
 
 
 def test_value_features_tell_words_levels_and_pictures_apart() -> None:
@@ -249,6 +358,8 @@ def test_dpok_subtracts_what_a_prompt_usually_gets() -> None:
     again = build_algorithm("dpok")
     again.load_state_dict(dpok.state_dict())
     assert again.state_dict() == dpok.state_dict()
+    once = build_algorithm("dpok").prepare(["x", "y", "z"], RewardOutput(torch.tensor([1.0, 5.0, -3.0])))
+    torch.testing.assert_close(once.values["advantage"], torch.tensor([0.0, 4.0, -4.0]))
     plain = build_algorithm("dpok", baseline="none").prepare(PROMPTS, RewardOutput(REWARDS)).values["advantage"]
     torch.testing.assert_close(plain, REWARDS)
 

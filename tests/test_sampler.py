@@ -17,10 +17,12 @@ from pipelines import CASES
 from torch import nn
 
 import difftune as dt
+from difftune.algorithm import Batch, Context
 from difftune.policy import LoraConfig, Policy
 from difftune.prompt_cache import PromptCache
 from difftune.prompts import load_prompts
 from difftune.puppet import Prediction
+from difftune.reward import FunctionReward
 from difftune.sampler import Sampler, StepView, keyed_noise, sample_keys, to_images
 from difftune.transition import Gaussian
 from difftune.types import NonFiniteError, ParityError, Trajectory, UserError
@@ -144,10 +146,10 @@ def test_a_random_window_is_drawn_evenly_and_by_seed_and_epoch_alone() -> None:
     assert drawn == [window.steps_at(11, 0, epoch) for epoch in range(1, 1001)]
     assert drawn[:50] != [window.steps_at(11, 1, epoch) for epoch in range(1, 51)]
     assert all(len(set(steps)) == 3 and list(steps) == sorted(steps) for steps in drawn)
-    counts = Counter(step for steps in drawn for step in steps)
-    # Binomial with p = 3 / 10: standard deviation 14.5 of 1000; the last of the 11 steps is left out.
-    assert set(counts) == set(range(10)) and all(abs(count - 300) < 75 for count in counts.values())
-    assert len({window.steps_at(11, 0, epoch) for epoch in range(1, 26)}) > 15
+    assert all(steps[-1] - steps[0] == 2 for steps in drawn), "neighbours, as in Flow-GRPO-Fast"
+    counts = Counter(steps[0] for steps in drawn)
+    # Binomial with p = 1 / 8: standard deviation 10.5 of 1000; the last of the 11 steps is left out.
+    assert set(counts) == set(range(8)) and all(abs(count - 125) < 53 for count in counts.values())
     slow = Window(kind="random", size=3, every=25)
     assert len({slow.steps_at(11, 0, epoch) for epoch in range(1, 26)}) == 1
 
@@ -277,6 +279,39 @@ def test_numbers_are_one_for_all_samples_or_refused() -> None:
     # Class labels are one number per sample.
     labels = CASES["DiTPipeline"]
     Sampler(Policy(labels.build(), LoraConfig(rank=2)), steps=2).check_conditions({"class_labels": [1, 2]})
+
+
+@pytest.mark.parametrize("name", ["alignprop", "draft", "refl", "drtune"])
+def test_reward_gradients_know_where_a_loop_that_begins_in_the_middle_ends(name: str) -> None:
+    case = CASES["StableDiffusionImg2ImgPipeline"]
+    sampler = Sampler(Policy(case.build(), LoraConfig(rank=2)), steps=8, call={**case.call, "strength": 0.5})
+    given = case.conditions(2)
+    keys = sample_keys(PROMPTS[:2], 0, 1)
+    assert sampler.loop_length(PROMPTS[:2], keys, given) == 4 and sampler.denoiser_calls <= 1
+    settings = {"trained_steps": 4} if name == "drtune" else {}
+    algorithm = dt.build_algorithm(name, loss="negative", **settings)
+    seen: list[Any] = []
+    draw = sampler.backprop
+
+    def backprop(*args: Any, **settings: Any) -> torch.Tensor:
+        seen.append(settings)
+        return draw(*args, **settings)
+
+    sampler.backprop = backprop  # type: ignore[method-assign]
+    reward = FunctionReward("r", lambda images, prompts: images.flatten(1).mean(1), True)
+    batch = Batch(tuple(PROMPTS[:2]), keys, {}, None, conditions=given, metadata=[{}] * 2)
+    algorithm.accumulate(batch, Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0))
+    assert any(p.grad is not None and bool(p.grad.any()) for p in sampler.policy.parameters())
+    assert max(seen[0]["grad_steps"]) <= 3 and (name != "drtune" or list(seen[0]["grad_steps"]) == [0, 1, 2, 3])
+
+
+def test_a_window_outside_the_loop_is_told_in_one_line() -> None:
+    case = CASES["StableDiffusionImg2ImgPipeline"]
+    call = {**case.call, "strength": 0.5}
+    sampler = Sampler(Policy(case.build(), LoraConfig(rank=2)), steps=8, call=call, window=[6])
+    traj = sampler.rollout(PROMPTS[:1], conditions=case.conditions(1))
+    with pytest.raises(UserError, match="none of the loop's 4 steps carries noise .* a window in the loop"):
+        sampler.replay(traj, lambda view: None)
 
 
 def test_host_storage_takes_everything_that_is_large() -> None:
@@ -608,6 +643,23 @@ def test_probe_is_the_pipelines_guided_prediction(kind: str) -> None:
             torch.testing.assert_close(output, uncond + 3.0 * (cond - uncond), atol=1e-5, rtol=1e-5)
             assert level.sigma == pytest.approx(sampler.level(t).sigma, abs=1e-6)
     assert traj.num_steps == 5
+
+
+def test_probe_takes_another_guidance_than_the_sampler(kind: str) -> None:
+    """1 is the bare conditional prediction, at half the rows; the sampler goes on with its own."""
+    guided, bare = make(kind, guidance_scale=4.0), make(kind, guidance_scale=1.0)
+    x = torch.randn(guided.rollout(PROMPTS).states[:, 0].shape, generator=torch.Generator().manual_seed(1))
+    points = [(guided.timestep(0.6), x)]
+
+    def ask(sampler: Sampler, **settings: Any) -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        sampler.probe(PROMPTS, points, lambda view: seen.append(view.output), grad=False, **settings)
+        return seen[0]
+
+    rows = guided.denoiser_rows
+    assert torch.equal(ask(guided, guidance_scale=1.0), ask(bare))
+    assert guided.denoiser_rows - rows == len(PROMPTS)
+    assert not torch.equal(ask(guided), ask(bare)) and torch.equal(ask(guided, guidance_scale=4.0), ask(guided))
 
 
 def test_probe_costs_one_call_a_point_and_carries_gradients(kind: str) -> None:

@@ -97,6 +97,13 @@ def test_raft_refuses_to_choose_from_too_few() -> None:
         RAFT(RAFT.Config(keep=4)).check(sampler, reward, Plan(4, 4, 1))
 
 
+def test_a_reward_that_many_share_keeps_these_and_no_others() -> None:
+    """More samples are right than the quantile leaves: the wrong ones are not trained on for that."""
+    assert above_quantile(torch.tensor([1.0] * 3 + [0.0] * 7), 0.9).tolist() == [1.0] * 3 + [0.0] * 7
+    mixed = torch.tensor([1.0] * 15 + [0.5] * 80 + [0.0] * 5)
+    assert above_quantile(mixed, 0.9).tolist() == [1.0] * 15 + [0.0] * 85
+
+
 def test_equal_rewards_keep_everything_in_the_sparse_variant() -> None:
     assert above_quantile(torch.ones(5), 0.9).eq(1).all()
     rwr = build_algorithm("rwr", weights="sparse", quantile=0.5)
