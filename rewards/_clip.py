@@ -46,7 +46,8 @@ class ClipReward(Reward):
 
     Args:
         model: an embedded name, a folder, a hub id, or a file with an OpenCLIP state dict.
-        tokenizer: folder or hub id of the tokenizer, where the model brings none.
+        tokenizer: folder or hub id of the tokenizer, where the model brings none; the image processor too is taken from
+            there where the model has none and that one fits, and is CLIP's standard at the model's size otherwise.
         revision: branch, tag or commit of a hub id.
         dtype: precision of the model, e.g. ``"float32"`` or ``"bfloat16"``; embeddings are at least fp32.
         activation: of an OpenCLIP state dict: ``gelu``, or ``quick_gelu`` for OpenAI's models.
@@ -76,7 +77,7 @@ class ClipReward(Reward):
             self.model: Any = CLIPModel.from_pretrained(source, dtype=precision, **pinned)
             words = source if tokenizer is None else embedded(self.name, tokenizer)
             self.tokenizer = CLIPTokenizer.from_pretrained(words, **(pinned if words == source else {}))
-            self.preprocess = Preprocess.from_processor(CLIPImageProcessor.from_pretrained(source, **pinned))
+            self.preprocess = self._preprocess(CLIPImageProcessor, source, words, pinned)
         else:
             if tokenizer is None:
                 raise UserError(
@@ -85,9 +86,23 @@ class ClipReward(Reward):
             self.tokenizer = CLIPTokenizer.from_pretrained(embedded(self.name, tokenizer))
             self.model = from_open_clip(self.name, state, self.tokenizer.eos_token_id, activation).to(precision)
             side = self.model.config.vision_config.image_size
-            self.preprocess = Preprocess(side, None, (side, side), MEAN, STD)
+            # What OpenCLIP's own code does, and OpenAI's.
+            self.preprocess = Preprocess(side, None, (side, side), MEAN, STD, torchvision=True)
         self.model.eval().requires_grad_(False)
         self._texts: dict[str, Tensor] = {}
+
+    def _preprocess(self, processors: Any, source: str, words: str, pinned: Mapping[str, Any]) -> Preprocess:
+        """Return the preprocessing of the model, or else that of the tokenizer's source, or else CLIP's own."""
+        side = self.model.config.vision_config.image_size
+        # A fine-tuned model is often published without a processor, beside the one that it began as (PickScore).
+        for place, extra in ((source, pinned), *(((words, {}),) if words != source else ())):
+            try:
+                found = Preprocess.from_processor(processors.from_pretrained(place, **extra))
+            except OSError:
+                continue
+            if place == source or (found.crop or found.size) == (side, side):
+                return found
+        return Preprocess(side, None, (side, side), MEAN, STD)
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Return unit embeddings ``(N, D)`` of ``(N, 3, H, W)`` in [0, 1], with gradients."""

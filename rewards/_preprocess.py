@@ -58,6 +58,9 @@ class Preprocess:
         std: per channel, divided by.
         mode: ``"bicubic"`` or ``"bilinear"``.
         longest_edge: length in pixels that the longer side is resized to; the rest of the square is black.
+        torchvision: the crop is torchvision's ``CenterCrop``, as in the code of CLIP, OpenCLIP and ImageReward, and not
+            that of transformers' image processors. Where a side is too long by an odd number of pixels, transformers
+            starts at the smaller half of it, torchvision at the even one.
     """
 
     shortest_edge: int | None
@@ -67,6 +70,7 @@ class Preprocess:
     std: tuple[float, ...]
     mode: str = "bicubic"
     longest_edge: int | None = None
+    torchvision: bool = False
 
     @classmethod
     def from_processor(cls, processor: Any) -> Preprocess:
@@ -114,7 +118,7 @@ class Preprocess:
             tall, wide = (self.longest_edge - side for side in pixels.shape[-2:])
             pixels = functional.pad(pixels, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2))
         if self.crop is not None:
-            pixels = _centre_crop(pixels, *self.crop)
+            pixels = _centre_crop(pixels, *self.crop, self.torchvision)
         mean = pixels.new_tensor(self.mean).view(-1, 1, 1)
         std = pixels.new_tensor(self.std).view(-1, 1, 1)
         return (pixels - mean) / std
@@ -126,10 +130,14 @@ def _lengths(processor: Any, name: str, switch: str) -> dict[str, int]:
     return {key: value for key, value in dict(setting or {}).items() if value is not None}
 
 
-def _centre_crop(pixels: Tensor, height: int, width: int) -> Tensor:
+def _centre_crop(pixels: Tensor, height: int, width: int, torchvision: bool) -> Tensor:
     """Cut the middle ``height`` x ``width`` out; a side that is too short is padded with black first."""
     tall, wide = max(height - pixels.shape[-2], 0), max(width - pixels.shape[-1], 0)
     if tall or wide:
-        pixels = functional.pad(pixels, ((wide + 1) // 2, wide // 2, (tall + 1) // 2, tall // 2))
-    top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
+        # The odd row or column comes first in transformers and last in torchvision.
+        left, top = (wide // 2, tall // 2) if torchvision else ((wide + 1) // 2, (tall + 1) // 2)
+        pixels = functional.pad(pixels, (left, wide - left, top, tall - top))
+    below, beside = pixels.shape[-2] - height, pixels.shape[-1] - width
+    # Python's round takes halves to the even number, and torchvision takes Python's round.
+    top, left = (round(below / 2), round(beside / 2)) if torchvision else (below // 2, beside // 2)
     return pixels[..., top : top + height, left : left + width]

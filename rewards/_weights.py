@@ -12,6 +12,13 @@ from torch import Tensor, nn
 
 from difftune.types import UserError
 
+_LAYOUTS: dict[tuple[int, ...], str] = {
+    (0, 2, 4, 6, 7): "none",  # LAION's linear heads, ImageReward: dropout between the layers, but before the last
+    (0, 2, 4, 6, 8): "none",  # aesthetic predictor v2.5: dropout
+    (0, 3, 6, 9, 11): "relu",  # LAION's ReLU head: ReLU and dropout, before the last ReLU
+}
+"""The published heads: numbers of their layers -> activation."""
+
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
@@ -85,27 +92,41 @@ def linear_stack(
         name: the reward, for messages.
         state: tensors whose names end in ``<number>.weight`` and ``<number>.bias``.
         prefix: a regular expression for what stands before the number; names that do not match are left alone.
-        activation: what stands between two layers: ``none``, ``relu``, ``gelu`` or ``auto``. With ``auto``, numbers
-            that jump by 3 (layer, ReLU, dropout, layer) mean ReLU, and smaller jumps (dropout, or nothing) none.
+        activation: what stands between two layers: ``none``, ``relu``, ``gelu`` or ``auto``. ``auto`` knows the
+            published heads by the numbers of their layers; a single layer has nothing between.
 
     Returns:
         The layers in fp32, frozen, without the dropout, and their numbers.
 
     Raises:
-        UserError: no layers are found, or they do not fit on one another.
+        UserError: no layers are found, or those of two stacks; they do not fit on one another; ``auto`` does not know
+            their numbers.
     """
-    pattern = re.compile(rf"(?:{prefix})(\d+)\.(weight|bias)")
+    pattern = re.compile(rf"(?P<prefix>{prefix})(?P<number>\d+)\.(?P<kind>weight|bias)")
     found: dict[int, dict[str, Tensor]] = {}
+    stacks: dict[str, None] = {}
     for key, value in state.items():
         match = pattern.fullmatch(key)
         if match:
-            found.setdefault(int(match[1]), {})[match[2]] = value
+            stacks[match["prefix"]] = None
+            found.setdefault(int(match["number"]), {})[match["kind"]] = value
+    if len(stacks) > 1:
+        raise UserError(
+            f"reward {name!r}: the file holds {len(stacks)} stacks of layers ({_few(map(repr, stacks))}), expected "
+            "one; save the head alone"
+        )
     # A normalisation layer among them has a weight of one dimension: the formula would be another one.
     if not found or any(entry.get("weight", torch.zeros(0)).ndim != 2 for entry in found.values()):
         raise UserError(f"reward {name!r}: the file holds no stack of linear layers (names: {_few(state)})")
     numbers = sorted(found)
     if activation == "auto":
-        activation = "relu" if any(b - a >= 3 for a, b in zip(numbers, numbers[1:], strict=False)) else "none"
+        layout = tuple(numbers)
+        if len(layout) > 1 and layout not in _LAYOUTS:
+            raise UserError(
+                f"reward {name!r}: the numbers of the head's layers ({', '.join(map(str, layout))}) do not tell what "
+                "stands between them; set activation to none, relu or gelu"
+            )
+        activation = _LAYOUTS.get(layout, "none")
     kinds: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
     if activation not in ("none", *kinds):
         raise UserError(f"reward {name!r}: activation is {activation!r}, expected auto, none, relu or gelu")

@@ -26,7 +26,8 @@ class Aesthetic(ClipReward):
     Args:
         head: the head's file (``sac+logos+ava1-l14-linearMSE.pth`` and its like): a stack of linear layers.
         model: the CLIP it was trained on: folder or hub id, or a file with an OpenCLIP state dict.
-        activation: between the head's layers: ``none``, ``relu`` or ``auto``, which tells by the layers' numbers.
+        activation: between the head's layers: ``none``, ``relu``, ``gelu`` or ``auto``, which knows the published heads
+            by the numbers of their layers.
         tokenizer: for a model that is a file.
         revision: branch, tag or commit of the model's hub id.
         dtype: precision of the CLIP model; the head is fp32.

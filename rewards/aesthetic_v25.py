@@ -26,7 +26,7 @@ class AestheticV25(Reward):
     Args:
         head: the head's file (``aesthetic_predictor_v2_5.pth``).
         model: folder or hub id of the SigLIP it was trained on.
-        activation: between the head's layers: ``none``, ``relu`` or ``auto``.
+        activation: between the head's layers: ``none``, ``relu``, ``gelu`` or ``auto``, which knows the published head.
         revision: branch, tag or commit of the model's hub id.
         dtype: precision of SigLIP; the head is fp32.
     """

@@ -3,11 +3,19 @@
 After Ghosh et al. 2023, "GenEval" (arXiv 2310.11513), with a detector of transformers in place of the paper's
 Mask2Former of mmdet, so the numbers are not the paper's. Each prompt brings its clauses in the benchmark's own form::
 
+    tag: position
     include: [{class: dog, count: 1}, {class: bench, count: 1, color: red, position: [left of, 0]}]
     exclude: [{class: bench, count: 2}]
 
-A class is found where the detector is surer than 0.3, or 0.9 if the clause counts more than one. A colour is what CLIP
-calls the box, whose surroundings are painted grey. A position holds between the centres of two boxes::
+An object is there where the detector is surer than 0.3, and 0.9 throughout a prompt whose tag is ``counting``; at most
+16 of a class are. A clause looks at the ``count`` surest objects of its class and at no others: they must be as many,
+all of its colour, and each where it should be beside every object of the clause that it names. So a second bench that
+the detector is less sure of does not make up for the first one's colour. A clause that fails leaves nothing that later
+ones could lie beside.
+
+A colour is what CLIP calls the box. The benchmark paints what is not the object grey by the detector's mask; boxes have
+none, and then the benchmark too shows CLIP the box as it is, of which CLIP's preprocessing keeps the middle square. A
+position holds between the centres of two boxes::
 
     d = max(|c_a - c_b| - 0.1 (size_a + size_b), 0) sign(c_a - c_b), divided by |c_a - c_b|
 
@@ -35,6 +43,9 @@ COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"
 POSITIONS = ("left of", "right of", "above", "below")
 """The benchmark's relations."""
 
+_ALIASES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
+"""The benchmark's names of classes that COCO's labels call something else."""
+
 _TEMPLATES = ("a photo of a {colour} {kind}", "a photo of a {colour}-colored {kind}", "a photo of a {colour} object")
 _MOST = 16  # objects of a class
 _FAMILIES = ("yolos", "detr", "table-transformer")
@@ -55,7 +66,8 @@ class GenEval(ClipReward):
     Args:
         detector: folder or hub id of a detector of transformers: yolos, detr or table-transformer.
         correct: ``all``, 1 if every clause holds, else 0, as the benchmark; ``mean``, the mean over the clauses, where
-            a wrong count keeps ``1 - |wanted - found| / wanted``.
+            each gives ``found / wanted``: how many of the ``wanted`` surest objects are there, have the colour and lie
+            where they should. Too many are not held against it but by a clause of ``exclude``, which gives 0 or 1.
         side: the shorter side that the detector's pictures are resized to.
         model: the CLIP that names colours: embedded name, folder, hub id, or a file with an OpenCLIP state dict.
         tokenizer: folder or hub id, where the CLIP brings none.
@@ -98,53 +110,68 @@ class GenEval(ClipReward):
         """Return ``(B,)`` in [0, 1]."""
         rows = []
         for image, prompt, extra in zip(images, prompts, metadata, strict=True):
-            clauses = [self.checked(clause, prompt) for clause in extra["include"]]
+            clauses = [self.checked(clause, prompt, number) for number, clause in enumerate(extra["include"])]
             refused = [self.checked(clause, prompt) for clause in extra.get("exclude") or ()]
-            scores = self.clause_scores(image, clauses, refused)
+            scores = self.clause_scores(image, clauses, refused, least_surety(extra.get("tag"), clauses))
             rows.append(sum(scores) / len(scores) if self.correct == "mean" else float(min(scores) == 1))
         return torch.tensor(rows, device=images.device)
 
-    def checked(self, clause: Any, prompt: str) -> Mapping[str, Any]:
-        """Return a clause.
+    def checked(self, clause: Any, prompt: str, number: int = 0) -> Mapping[str, Any]:
+        """Return the clause, ``number`` of which come before it.
 
         Raises:
             UserError: it names what the detector or the benchmark does not know.
         """
         where = f"reward {self.name!r}: a clause of prompt {prompt!r}"
-        if not isinstance(clause, Mapping) or str(clause.get("class")).lower() not in self._classes:
+        if not isinstance(clause, Mapping) or self._label(clause) not in self._classes:
             raise UserError(f"{where} is {clause!r}, expected {{class: ...}} with a class that the detector knows")
         if not isinstance(clause.get("count", 1), int) or clause.get("count", 1) < 1:
             raise UserError(f"{where} has count {clause['count']!r}, expected 1 or more")
         if clause.get("color", COLOURS[0]) not in COLOURS:
             raise UserError(f"{where} has color {clause['color']!r}, expected {', '.join(COLOURS)}")
         position = clause.get("position")
-        if position is not None and (len(position) != 2 or position[0] not in POSITIONS):
-            raise UserError(f"{where} has position {position!r}, expected [{' | '.join(POSITIONS)}, clause's number]")
+        if position is not None and (
+            len(position) != 2 or position[0] not in POSITIONS or position[1] not in range(number)
+        ):
+            raise UserError(
+                f"{where} has position {position!r}, expected [{' | '.join(POSITIONS)}, number of a clause before]"
+            )
         return clause
 
+    def _label(self, clause: Mapping[str, Any]) -> str:
+        """Return what the detector calls a clause's class."""
+        kind = str(clause.get("class")).lower()
+        return kind if kind in self._classes else _ALIASES.get(kind, kind)
+
     def clause_scores(
-        self, image: Tensor, include: Sequence[Mapping[str, Any]], exclude: Sequence[Mapping[str, Any]]
+        self,
+        image: Tensor,
+        include: Sequence[Mapping[str, Any]],
+        exclude: Sequence[Mapping[str, Any]],
+        least: float,
     ) -> list[float]:
-        """Return each clause's score in [0, 1]: 1 where it holds."""
-        everything = self.detect(image)
+        """Return each clause's score in [0, 1], 1 where it holds, by the objects that the detector is surer of."""
+        there = {kind: [one for one in rows if one.sure > least][:_MOST] for kind, rows in self.detect(image).items()}
         scores: list[float] = []
         # What a clause found: later ones may lie beside it.
         matched: list[list[Found]] = []
         for clause in include:
-            kind, count = str(clause["class"]).lower(), clause.get("count", 1)
-            there = [one for one in everything[kind] if one.sure > least_surety(count)][:_MOST]
+            count = clause.get("count", 1)
+            # Before colour and position are looked at, as in the benchmark: the surest object is the one that is meant.
+            found = there[self._label(clause)][:count]
             if "color" in clause:
-                there = [one for one in there if self.colour(image, one, kind) == clause["color"]]
+                kind = str(clause["class"]).lower()
+                found = [one for one in found if self.colour(image, one, kind) == clause["color"]]
             if clause.get("position") is not None:
                 relation, other = clause["position"]
-                targets = matched[other] if 0 <= other < len(matched) else []
-                there = [one for one in there if any(relation in relations(one.box, t.box) for t in targets)]
-            matched.append(there[:count])
+                targets = matched[other]
+                beside = [all(relation in relations(one.box, t.box) for t in targets) for one in found]
+                found = [one for one, holds in zip(found, beside, strict=True) if targets and holds]
+            matched.append(found if len(found) == count else [])
             # More than were asked for is what "exclude" is for, as in the benchmark.
-            scores.append(1 - (count - len(there[:count])) / count)
+            scores.append(len(found) / count)
         for clause in exclude:
-            kind, count = str(clause["class"]).lower(), clause.get("count", 1)
-            scores.append(float(sum(one.sure > least_surety(count) for one in everything[kind]) < count))
+            scores.append(float(len(there[self._label(clause)]) < clause.get("count", 1)))
         return scores or [1.0]
 
     @torch.no_grad()
@@ -166,25 +193,26 @@ class GenEval(ClipReward):
         return found
 
     def colour(self, image: Tensor, one: Found, kind: str) -> str:
-        """Return the colour that CLIP gives an object."""
+        """Return the colour that CLIP gives an object, of the class ``kind``."""
         # At least one pixel, also of a box on the border.
-        left, top = min(int(one.box[0]), image.shape[-1] - 1), min(int(one.box[1]), image.shape[-2] - 1)
+        left, top = min(round(one.box[0]), image.shape[-1] - 1), min(round(one.box[1]), image.shape[-2] - 1)
         right, bottom = (max(round(end), start + 1) for end, start in zip(one.box[2:], (left, top), strict=True))
-        seen = image[:, top:bottom, left:right]
-        # CLIP sees squares: the rest of one around the box is #999, as around the benchmark's masks.
-        side = max(seen.shape[-2:])
-        square = torch.full((3, side, side), 0x99 / 255, device=image.device)
-        down, across = (side - seen.shape[-2]) // 2, (side - seen.shape[-1]) // 2
-        square[:, down : down + seen.shape[-2], across : across + seen.shape[-1]] = seen
+        seen = image[None, :, top:bottom, left:right]
         texts = [words.format(colour=colour, kind=kind) for colour in COLOURS for words in _TEMPLATES]
         embedded = self.embed_prompts(texts).view(len(COLOURS), len(_TEMPLATES), -1).mean(1)
         embedded = embedded / embedded.norm(dim=-1, keepdim=True)
-        return COLOURS[int((embedded @ self.embed_images(square[None])[0].cpu()).argmax())]
+        return COLOURS[int((embedded @ self.embed_images(seen)[0].cpu()).argmax())]
 
 
-def least_surety(count: int) -> float:
-    """Return how sure the detector must be: surer where objects are counted."""
-    return 0.9 if count > 1 else 0.3
+def least_surety(tag: Any, include: Sequence[Mapping[str, Any]]) -> float:
+    """Return how sure the detector must be: surer where objects are counted.
+
+    Args:
+        tag: the benchmark's kind of prompt; where there is none, a clause that wants several objects makes it counting.
+        include: the prompt's clauses.
+    """
+    counting = tag == "counting" if tag is not None else any(clause.get("count", 1) > 1 for clause in include)
+    return 0.9 if counting else 0.3
 
 
 def relations(first: Sequence[float], second: Sequence[float]) -> set[str]:
@@ -197,7 +225,7 @@ def relations(first: Sequence[float], second: Sequence[float]) -> set[str]:
     (middle, size), (other, extent) = centre_and_size(first), centre_and_size(second)
     offset = middle - other
     beyond = (offset.abs() - 0.1 * (size + extent)).clamp(min=0) * offset.sign()
-    if not bool(beyond.any()):
+    if bool((beyond.abs() < 1e-3).all()):
         return set()
     x, y = (beyond / offset.norm()).tolist()
     tests = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}

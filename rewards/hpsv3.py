@@ -76,8 +76,7 @@ class HpsV3(Reward):
         """Return mu ``(B,)`` and, as uncertainty, sigma ``(B,)``."""
         rows = []
         for image, prompt in zip(images, prompts, strict=True):
-            # A prompt is data: it is not formatted, and it must not bring a token of its own.
-            told = self.instruction.replace("{text_prompt}", prompt.replace(TOKEN, " ")) + CLOSING
+            told = self.instruction.replace("{text_prompt}", self.judge.plain(prompt)) + CLOSING
             rows.append(self.head(self.judge.hidden_states([image], told, [TOKEN])[-1]))
         mean, log_sigma = torch.stack(rows).to(images.device).unbind(1)
         return RewardOutput(mean, {}, log_sigma.exp())

@@ -75,7 +75,7 @@ class ImageReward(Reward):
         self.head = scalar_head(self.name, layers, self.text.config.hidden_size)
         self.tokenizer = BertTokenizer.from_pretrained(embedded(self.name, tokenizer))
         side = self.vision.config.image_size
-        self.preprocess = Preprocess(side, None, (side, side), MEAN, STD)
+        self.preprocess = Preprocess(side, None, (side, side), MEAN, STD, torchvision=True)
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
         """Return ``(B,)`` standardised scores."""

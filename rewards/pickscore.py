@@ -22,8 +22,8 @@ class PickScore(ClipReward):
 
     Args:
         model: folder or hub id in transformers' layout, or a file with an OpenCLIP state dict.
-        tokenizer: folder or hub id of the tokenizer; by default the one in the folder, or that of
-            ``CLIP-ViT-H-14-laion2B`` where the published model is asked for (its repository has none of its own).
+        tokenizer: folder or hub id of the tokenizer, and of the image processor where the model has none; by default
+            the model's own, or ``CLIP-ViT-H-14-laion2B`` where the published model is asked for, which is used with it.
         scale: factor in place of ``exp(logit_scale)``: 1 for the cosine. ``None`` for the model's own, about 100.
         divide_by: divides the score: 26 is Flow-GRPO's choice.
         revision: branch, tag or commit of a hub id.

@@ -1,7 +1,7 @@
 """RewardDance: the probability that a vision-language model finds the picture better than a reference picture.
 
 Wu et al. 2025, "RewardDance" (arXiv 2509.08826): ``r = P("yes" | reference, picture, prompt, instruction)``. Its model
-is not published; the form is used with any model of the supported families. As ``sigmoid(l_yes - l_no)`` it depends on
+is not published; the form is used with any model that takes two pictures. As ``sigmoid(l_yes - l_no)`` it depends on
 the order in which the two pictures are shown, so that by default both orders count::
 
     r = (p(picture better, picture second) + 1 - p(picture better, picture first)) / 2
@@ -39,7 +39,8 @@ class RewardDance(Reward):
     """Probability that a local vision-language model finds the picture better than its reference picture.
 
     Args:
-        model: folder or hub id of a model of the families llava, qwen2_vl or qwen2_5_vl.
+        model: folder or hub id of a model of transformers' ``AutoModelForImageTextToText``; gradients reach the pixels
+            with the families llava, qwen2_vl and qwen2_5_vl only.
         instruction: what is asked about two pictures, the reference first; ``{prompt}`` is replaced by the prompt.
         both_orders: ask with the pictures swapped too, and average.
         yes: the answer that counts.
@@ -51,7 +52,7 @@ class RewardDance(Reward):
     differentiable = True
     needs = MappingProxyType({"reference": NEED})
     range = "[0, 1]"
-    weights = "any model of the families llava, qwen2_vl, qwen2_5_vl"
+    weights = "any image-text-to-text model (gradients: llava, qwen2_vl, qwen2_5_vl)"
     licence = "the model's"
     memory = "4.1 GiB as Qwen2-VL-2B in bf16"
 
@@ -67,7 +68,8 @@ class RewardDance(Reward):
     ) -> None:
         self.judge = Judge(self.name, model, revision, dtype)
         self.instruction, self.both_orders = instruction, both_orders
-        self.yes, self.no = self.judge.token(yes), self.judge.token(no)
+        self.differentiable = self.judge.differentiable  # type: ignore[misc]
+        self.answers = self.judge.two_answers(yes, no)
 
     def modules(self) -> list[nn.Module]:
         """Return the model."""
@@ -77,7 +79,7 @@ class RewardDance(Reward):
         """Return ``(B,)`` probabilities; with several references, the mean over them."""
         rows = []
         for image, prompt, extra in zip(images, prompts, metadata, strict=True):
-            question = self.instruction.replace("{prompt}", prompt)
+            question = self.judge.asked(self.instruction, prompt)
             found = [
                 self._compared(reference.to(image.device), image, question)
                 for reference in reference_pictures(self.name, prompt, extra)
@@ -90,5 +92,5 @@ class RewardDance(Reward):
         return order_averaged(forward, self._better(image, reference, question)) if self.both_orders else forward
 
     def _better(self, first: Tensor, second: Tensor, question: str) -> Tensor:
-        logits = self.judge.answer_logits([first, second], question)
-        return torch.sigmoid(logits[self.yes] - logits[self.no])
+        yes, no = self.judge.answer_log_probs([first, second], question, self.answers)
+        return torch.sigmoid(yes - no)

@@ -8,14 +8,13 @@ served (by vLLM or SGLang) and answer in fixed forms:
 - ``pair``: ``Image 1 is better.``, ``Image 2 is better.`` or ``Both images are equally good.``, asked of every two
   samples of a prompt; the score is the share of comparisons won.
 
-Code that trains with it divides the final score by 5; here 1 to 5 becomes 0 to 1. An answer that cannot be read is
-asked for again, where that code scores 0. The models were trained on instructions of their own: give theirs as
-``question``.
+Pictures are shown at 512 x 512 pixels, as in code that trains with it. That code divides the final score by 5; here 1
+to 5 becomes 0 to 1. An answer that cannot be read is asked for again, twice, and then the run stops, where that code
+scores 0. The models were trained on instructions of their own: give theirs as ``question``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -25,7 +24,9 @@ from torch import Tensor
 from difftune.advantage import groups_of
 from difftune.prompts import told_apart
 from difftune.reward import reward
-from difftune.rewards._remote import Asking, BadReply, Questions, Remote, Sample, png, text_of
+from difftune.rewards._preprocess import resize
+from difftune.rewards._rating import last_number
+from difftune.rewards._remote import READINGS, Asking, BadReply, Questions, Remote, Sample, png, text_of
 from difftune.types import RewardOutput, UserError
 
 ASPECTS = ("Alignment", "Coherence", "Style")
@@ -51,10 +52,12 @@ class UnifiedReward(Asking):
         model: the model's name there.
         mode: ``point``, ``aspects`` or ``pair``.
         question: the instruction; ``{prompt}`` is replaced by the prompt.
+        side: of the square that pictures are resized to, in pixels; ``None`` to send them as they are.
         max_tokens: of an answer.
         concurrency: requests at a time.
         timeout: seconds that one attempt may take.
-        deadline: seconds that a call may take with all its attempts; then the run stops, and can be resumed.
+        deadline: seconds that a call may take with all its attempts; then the run stops, and can be resumed. It stops
+            earlier where an answer cannot be read three times.
         key_env: name of the environment variable that holds the key.
     """
 
@@ -69,6 +72,7 @@ class UnifiedReward(Asking):
         model: str,
         mode: Literal["point", "aspects", "pair"] = "point",
         question: str | None = None,
+        side: int | None = 512,
         max_tokens: int = 1024,
         concurrency: int = 8,
         timeout: float = 120.0,
@@ -77,19 +81,20 @@ class UnifiedReward(Asking):
     ) -> None:
         if mode not in QUESTIONS:
             raise UserError(f"reward {self.name!r}: mode is {mode!r}, expected {', '.join(QUESTIONS)}")
+        if side is not None and side < 1:
+            raise UserError(f"reward {self.name!r}: side is {side}, expected pixels, or null for pictures as they are")
         self.server = Remote(
-            self.name, url.rstrip("/") + "/chat/completions", timeout, deadline, concurrency, key_env
+            self.name, url.rstrip("/") + "/chat/completions", timeout, deadline, concurrency, key_env, READINGS
         )
-        self.model_name, self.mode, self.max_tokens = model, mode, max_tokens
+        self.model_name, self.mode, self.side, self.max_tokens = model, mode, side, max_tokens
         self.question = question or QUESTIONS[mode]
         self.groupwise = mode == "pair"  # type: ignore[misc]
         self.questions = Questions(self.server, self._payload, self._read)
 
-    def samples(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> list[Sample]:
+    def samples(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[Sample]:
         """Return the pictures with their prompts, or each two of a prompt in both orders."""
-        files = [png(image) for image in images]
+        shown = images if self.side is None else resize(images.detach().float().clamp(0, 1), (self.side, self.side))
+        files = [png(image) for image in shown]
         if self.mode == "pair":
             pairs = ordered_pairs(told_apart(prompts, metadata))
             return [Sample((files[i], files[j]), prompts[i], {}) for i, j in pairs]
@@ -164,10 +169,10 @@ def aspect_scores(text: str) -> dict[str, float]:
 
 
 def _rating(text: str, label: str) -> float:
-    found = re.findall(rf"{label}\s*(?:\(1-5\))?\W*?([1-5](?:\.\d+)?)(?![\d.]*\d)", text, re.IGNORECASE)
-    if not found or float(found[-1]) > 5:
+    found = last_number(text, label)
+    if found is None or not 1 <= found <= 5:
         raise BadReply(f"no {label} from 1 to 5 in {text[-60:]!r}")
-    return (float(found[-1]) - 1) / 4
+    return (found - 1) / 4
 
 
 def winner(text: str) -> float:

@@ -101,10 +101,7 @@ class VideoReward(Reward):
         shown = films[:, chosen_frames(films.shape[1], self.frame_rate, self.per_second, self.frames)]
         rows = []
         for film, prompt in zip(shown, prompts, strict=True):
-            for token in TOKENS:
-                prompt = prompt.replace(token, " ")
-            # A prompt is data: it is not formatted, and it must not bring a token of its own.
-            told = self.instruction.replace("{text_prompt}", prompt)
+            told = self.instruction.replace("{text_prompt}", self.judge.plain(prompt))
             answers = self.head(self.judge.hidden_states([film], told, TOKENS))
             rows.append(answers.diagonal() if answers.shape[1] == len(TOKENS) else answers[:, 0])
         scores = torch.stack(rows).to(images.device)

@@ -5,13 +5,12 @@
 - ``rating`` lets it write and reads the last number of the form ``score: 3.5``; the score is the rating's place between
   the lowest and the highest.
 
-A reply without an answer is asked for again, and after the deadline the run stops: a silent 0 would be learned from.
+A reply without an answer is asked for again, twice, and then the run stops: a silent 0 would be learned from.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from difftune.reward import reward
-from difftune.rewards._remote import Asking, BadReply, Questions, Remote, Sample, png, text_of
+from difftune.rewards._rating import last_number
+from difftune.rewards._remote import READINGS, Asking, BadReply, Questions, Remote, Sample, png, text_of
 from difftune.types import UserError
 
 YES_NO = 'Does this image show "{prompt}"? Answer with yes or no.'
@@ -46,7 +46,8 @@ class VlmServer(Asking):
         max_tokens: of a rating's answer.
         concurrency: requests at a time.
         timeout: seconds that one attempt may take.
-        deadline: seconds that a call may take with all its attempts; then the run stops, and can be resumed.
+        deadline: seconds that a call may take with all its attempts; then the run stops, and can be resumed. It stops
+            earlier where an answer cannot be read three times.
         key_env: name of the environment variable that holds the key, e.g. ``OPENAI_API_KEY``.
     """
 
@@ -72,16 +73,14 @@ class VlmServer(Asking):
         if mode not in ("yes_no", "rating") or not low < high:
             raise UserError(f"reward {self.name!r}: mode is {mode!r} from {low} to {high}, expected yes_no or rating")
         self.server = Remote(
-            self.name, url.rstrip("/") + "/chat/completions", timeout, deadline, concurrency, key_env
+            self.name, url.rstrip("/") + "/chat/completions", timeout, deadline, concurrency, key_env, READINGS
         )
         self.model_name, self.mode, self.low, self.high = model, mode, low, high
         self.question = question or (YES_NO if mode == "yes_no" else RATING)
         self.max_tokens = max_tokens
         self.questions = Questions(self.server, self._payload, self._read)
 
-    def samples(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> list[Sample]:
+    def samples(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[Sample]:
         """Return the pictures with their prompts."""
         return [Sample((png(image),), prompt, {}) for image, prompt in zip(images, prompts, strict=True)]
 
@@ -131,13 +130,14 @@ def yes_probability(entries: Sequence[Mapping[str, Any]]) -> float:
 
 
 def last_rating(text: str, low: float, high: float) -> float:
-    """Return the last ``score: x`` of an answer, or its only number.
+    """Return the last ``score: x`` of an answer, or the number that is all of it; ``score (1-5): x`` will do.
 
     Raises:
-        BadReply: there is none between ``low`` and ``high``.
+        BadReply: there is none between ``low`` and ``high``, or the last one is a range, as in ``score: 3-4``.
     """
-    number = r"(-?\d+(?:\.\d+)?)"
-    found = re.findall(rf"score\W*{number}", text, re.IGNORECASE) or re.findall(rf"^\W*{number}\W*$", text.strip())
-    if not found or not low <= float(found[-1]) <= high:
+    found = last_number(text, "score")
+    if found is None:
+        found = last_number(text)
+    if found is None or not low <= found <= high:
         raise BadReply(f"no rating from {low:g} to {high:g} in {text[:60]!r}")
-    return float(found[-1])
+    return found

@@ -371,6 +371,32 @@ def qwen_folder(folder: Path) -> dict[str, Any]:
     return {"model": str(folder / "qwen")}
 
 
+def idefics_folder(folder: Path) -> dict[str, Any]:
+    """Write a random Idefics3, a family whose preprocessing is left to its own processor: 4 tokens a picture."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, LlamaConfig
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    size = {"longest_edge": 64}
+    turn = "{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(size=size, max_image_size=size, do_image_splitting=False),
+        byte_tokenizer(folder / "idefics"),
+        image_seq_len=4,
+        chat_template="{% for m in messages %}<|im_start|>user\n" + turn + "<|im_end|>\n{% endfor %}<|im_start|>",
+    )
+    processor.save_pretrained(folder / "idefics")
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Idefics3Config(
+        vision_config={**sizes, "image_size": 64, "patch_size": 16},
+        text_config=LlamaConfig(**sizes, vocab_size=300, num_key_value_heads=2, max_position_embeddings=512),
+        image_token_id=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    model = randomised(Idefics3ForConditionalGeneration(config), 0, 0.3)
+    model.save_pretrained(folder / "idefics")  # type: ignore[operator]
+    return {"model": str(folder / "idefics")}
+
+
 KINDS = ("cat", "dog", "bench", "cup")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.nn.functional import normalize, relu
 
 from difftune.reward import build_reward
 from difftune.rewards._clip import MEAN, STD, ClipReward, from_open_clip
+from difftune.rewards._preprocess import Preprocess
 from difftune.rewards._weights import collapse, linear_stack, load_state
 from difftune.rewards.social_reward import triplet_loss
 from difftune.rewards.vlm_rm import goal_baseline
@@ -184,6 +186,71 @@ def test_pickscore_scales(tmp_path: Path) -> None:
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
 
 
+def bare_folder(folder: Path, **geometry: Any) -> str:
+    """Write a CLIP as config.json and model.safetensors alone, as a fine-tuned one is often published."""
+    from_open_clip("x", open_clip(**geometry).state_dict(), end=606).save_pretrained(folder)
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors"}
+    return str(folder)
+
+
+def test_a_folder_without_a_processor_takes_that_of_the_tokenizers_source(tmp_path: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPTokenizer
+
+    from difftune.zoo import model_path
+
+    words = tmp_path / "words"
+    CLIPTokenizer.from_pretrained(model_path(TOKENIZER)).save_pretrained(words)
+    model = bare_folder(tmp_path / "bare")
+    cosine = open_clip().cosines(normalised(images()), tokens_of(PROMPTS))
+    # There is none there either: CLIP's own, at the model's size.
+    got = build_reward("pickscore", model=model, tokenizer=str(words), scale=1.0)(images(), PROMPTS).total
+    torch.testing.assert_close(got, cosine, atol=2e-6, rtol=0)
+    # There is one, of another mean.
+    half: Any = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    sizes: Any = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    CLIPImageProcessor(**sizes, **half).save_pretrained(words)
+    got = build_reward("pickscore", model=model, tokenizer=str(words), scale=1.0)(images(), PROMPTS).total
+    expected = open_clip().cosines(2 * images() - 1, tokens_of(PROMPTS))
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=0)
+    # It is for pictures of another size than the model's.
+    small = bare_folder(tmp_path / "small", image=48)
+    score = clip_reward("pickscore", model=small, tokenizer=str(words), scale=1.0)
+    torch.testing.assert_close(score.preprocess(images(48, 48)), normalised(images(48, 48)))
+    assert torch.isfinite(score(images(), PROMPTS).total).all()
+    # The model's own comes first.
+    CLIPImageProcessor(**sizes).save_pretrained(tmp_path / "bare")
+    got = build_reward("pickscore", model=model, tokenizer=str(words), scale=1.0)(images(), PROMPTS).total
+    torch.testing.assert_close(got, cosine, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("extra", range(8))
+def test_the_middle_is_cut_out_as_the_original_does(tmp_path: Path, extra: int) -> None:
+    """transformers starts at half of what is too much, rounded down; torchvision rounds halves to the even number."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    sizes: Any = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    processor: Any = CLIPImageProcessorPil(**sizes)
+    picture = (images(64, 64 + extra)[:1] * 255).round() / 255
+    for shown in (picture, picture.transpose(-1, -2)):
+        file = (shown[0] * 255).round().to(torch.uint8).numpy()
+        expected = processor(images=file, return_tensors="pt", input_data_format="channels_first").pixel_values
+        torch.testing.assert_close(Preprocess.from_processor(processor)(shown), expected, atol=1e-5, rtol=0)
+    start = {3: 2, 7: 4}.get(extra, extra // 2)
+    score = clip_reward("social_reward", **clip_file(tmp_path))
+    torch.testing.assert_close(score.preprocess(picture), normalised(picture[..., start : start + 64]))
+
+
+def test_what_is_too_small_is_padded_as_the_original_does() -> None:
+    from transformers.image_transforms import center_crop
+
+    transformers = Preprocess(None, None, (5, 5), (0.0,) * 3, (1.0,) * 3)
+    picture = images(2, 8)[:1]
+    expected = torch.from_numpy(center_crop(picture[0].numpy(), (5, 5)))
+    assert torch.equal(transformers(picture)[0], expected)
+    padded = replace(transformers, torchvision=True)(picture)
+    assert torch.equal(padded[..., 1:3, :], picture[..., 2:7]) and padded.count_nonzero() == 30
+
+
 def embedded_pictures() -> Tensor:
     return clip_reward("clip_score").embed_images(images())
 
@@ -217,6 +284,41 @@ def test_a_linear_head_is_one_affine_map() -> None:
         linear_stack("x", {"a.weight": torch.zeros(2, 2)})
     with pytest.raises(UserError, match="activation is 'tanh'"):
         linear_stack("x", linear_head(64), r"layers\.", "tanh")
+
+
+@pytest.mark.parametrize("numbers", [(0, 2, 4), (0, 1, 2, 3, 4), (0, 3, 6), (0, 3, 6, 9, 12), (0, 2, 4, 6, 9), (1, 3)])
+def test_a_head_of_unknown_numbers_is_not_guessed_at(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+    """Every other number may be ReLU as well as dropout: what stands between the layers is the user's to say."""
+    state = linear_head(64, numbers)
+    last = state[f"layers.{numbers[-1]}.weight"]
+    state[f"layers.{numbers[-1]}.weight"], state[f"layers.{numbers[-1]}.bias"] = last[:1], torch.zeros(1)
+    torch.save(state, tmp_path / "head.pth")
+    settings = {"head": str(tmp_path / "head.pth"), "model": "difftune/tiny-clip"}
+    with pytest.raises(UserError, match=rf"the numbers .*\({str(numbers)[1:-1]}\) do not tell .*set activation") as e:
+        build_reward("aesthetic", **settings)
+    assert "\n" not in str(e.value)
+    plain, relus = (
+        build_reward("aesthetic", **settings, activation=kind)(images(), PROMPTS).total for kind in ("none", "relu")
+    )
+    assert (plain - relus).abs().max() > 1e-3
+
+
+def test_a_single_layer_is_a_head() -> None:
+    state = {"fc.0.weight": torch.ones(1, 3), "fc.0.bias": torch.ones(1)}
+    layers, numbers = linear_stack("x", state, ".*?")
+    assert numbers == [0] and layers(torch.ones(1, 3)).item() == 4
+
+
+def test_two_stacks_in_a_file_are_not_merged(tmp_path: Path) -> None:
+    both = {**linear_head(64), **linear_head(64, (1, 3, 5), "other.layers")}
+    torch.save(both, tmp_path / "head.pth")
+    with pytest.raises(
+        UserError, match=r"holds 2 stacks of layers \('layers.', 'other.layers.'\), expected one"
+    ) as caught:
+        build_reward("aesthetic", head=str(tmp_path / "head.pth"), model="difftune/tiny-clip", activation="none")
+    assert "\n" not in str(caught.value)
+    # Named, one of them is read.
+    assert linear_stack("x", both, r"other\.layers\.", "relu")[1] == [1, 3, 5]
 
 
 def test_a_head_for_another_model_is_refused(tmp_path: Path) -> None:

@@ -100,6 +100,17 @@ def test_scores_are_the_published_formula(tmp_path: Path) -> None:
     assert (build_reward("image_reward", **settings)(images, PROMPTS[::-1]).total - got).abs().max() > 1e-3
 
 
+def test_the_middle_is_torchvisions(tmp_path: Path) -> None:
+    """Of 3 columns too many, torchvision's CenterCrop leaves out two on the left: int(round(1.5)) is 2."""
+    score = build_reward("image_reward", **image_reward_file(tmp_path))
+    wide = torch.rand(4, 3, 64, 67, generator=torch.Generator().manual_seed(0))
+    got = score(wide, PROMPTS).total
+    assert torch.equal(got, score(wide[..., 2:66], PROMPTS).total)
+    assert (got - score(wide[..., 1:65], PROMPTS).total).abs().max() > 1e-3
+    tall = wide.transpose(-1, -2)
+    assert torch.equal(score(tall, PROMPTS).total, score(tall[..., 2:66, :], PROMPTS).total)
+
+
 def test_a_file_that_lacks_something_is_refused(tmp_path: Path) -> None:
     settings = image_reward_file(tmp_path)
     state = image_reward_state()
