@@ -14,7 +14,8 @@ Which variant this is. m are mean squared errors (of the velocity on flow models
 reward: desirable above the mean of its prompt's samples, undesirable below, and z is the mean over those samples, held
 constant. With ``threshold`` a sample is judged by its reward alone, and z is the mean over ``baseline_samples`` of the
 epoch (in the authors' code over the batch); that is the form for files of labelled pictures (``data``), which may have
-one picture a line. The value of the authors' beta was not found; the default is Diffusion-DPO's.
+one picture a line. The authors draw desirable pictures with probability 0.8; here samples come as they are, and the
+weights say how much each side counts. The value of their beta was not found; the default is Diffusion-DPO's.
 """
 
 from __future__ import annotations

@@ -40,7 +40,10 @@ class NFTConfig(SampleConfig):
     advantage_clip: float = Field(5.0, gt=0, description="c: advantages of plus or minus this are r = 1 and r = 0.")
     kl_weight: float = Field(1e-4, ge=0, description="Weight of the mean squared distance to the base model.")
     self_normalize: bool = Field(True, description="Divide each error by its own mean absolute error (the authors').")
-    decay_slope: float = Field(0.001, ge=0, description="Decay of the old policy per optimizer step taken so far.")
+    decay_start: int = Field(
+        0, ge=0, description="Optimizer steps before the decay grows (the authors' second form: 75, 0.0075, 0.999)."
+    )
+    decay_slope: float = Field(0.001, ge=0, description="Decay of the old policy per optimizer step since then.")
     decay_max: float = Field(0.5, ge=0, lt=1, description="Largest decay of the old policy; 0: no memory.")
 
 
@@ -113,4 +116,5 @@ class NFT(SampleAlgorithm):
 
     def after_epoch(self, policy: Policy, step: int) -> None:
         """Let the old policy follow."""
-        policy.update_adapter("old", min(self.config.decay_slope * step, self.config.decay_max))
+        since = max(step - self.config.decay_start, 0)
+        policy.update_adapter("old", min(self.config.decay_slope * since, self.config.decay_max))

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pydantic import Field
 from torch import Tensor
 
-from difftune.advantage import best_of_groups, groups_of
+from difftune.advantage import best_of_groups, preference_units
 from difftune.algorithm import Batch, Plan, Point, Prepared, SampleAlgorithm, SampleConfig, algorithm
 from difftune.reward import Reward
 from difftune.sampler import Sampler
@@ -67,7 +67,7 @@ class RAFT(SampleAlgorithm):
     def prepare(self, prompts: Sequence[str], rewards: RewardOutput) -> Prepared:
         """Keep the best samples of each prompt, and remember their rewards."""
         total = rewards.total.float()
-        apart = {prompts[g[0]] for g in groups_of(prompts) if bool((total[g] != total[g[0]]).any())}
+        apart = {prompts[unit[0]] for unit in preference_units(total, prompts)}
         chosen = [i for i in best_of_groups(total, prompts, self.config.keep) if prompts[i] in apart]
         return Prepared({"reward": total}, [[i] for i in chosen])
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from difftune.advantage import groups_of
+from difftune.advantage import exceeds, groups_of
 from difftune.algorithm import Batch, Point, Prepared, SampleAlgorithm, SampleConfig, algorithm
 from difftune.algorithms._preferences import DataConfig, Offline, beta_of, improvement
 from difftune.noise import keyed_generator
@@ -108,7 +108,7 @@ class SePPO(Offline, SampleAlgorithm):
         units = []
         for group in groups_of(prompts):
             best = group[int(rewards.total[group].argmax())]
-            others = [i for i in group if rewards.total[i] < rewards.total[best]]
+            others = [i for i in group if exceeds(rewards.total[best], rewards.total[i])]
             units += [[best, others[0]]] if others else []
         return Prepared({}, units)
 

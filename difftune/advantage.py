@@ -106,8 +106,8 @@ def best_of_groups(rewards: Tensor, prompts: Sequence[str], keep: int = 1) -> li
 # -- pairs -------------------------------------------------------------------------------------------------------
 
 
-def _differ(high: Tensor, low: Tensor, margin: float) -> bool:
-    """Whether two rewards differ by more than the margin, and by more than rounding."""
+def exceeds(high: Tensor, low: Tensor, margin: float = 0.0) -> bool:
+    """Return whether a reward is above another by more than ``margin``, and by more than rounding."""
     least = ROUNDING * float(torch.maximum(high.abs(), low.abs()))
     return float(high - low) > max(margin, least)
 
@@ -140,7 +140,7 @@ def preference_units(
     units = []
     for group in groups_of(prompts):
         best, worst = int(rewards[group].argmax()), int(rewards[group].argmin())
-        if _differ(rewards[group[best]], rewards[group[worst]], margin):
+        if exceeds(rewards[group[best]], rewards[group[worst]], margin):
             units.append([group[best], group[worst]] if mode == "best_worst" else group)
     return units
 
@@ -164,7 +164,7 @@ def pairs_of(
         for place, i in enumerate(unit):
             for j in unit[place + 1 :]:
                 high, low = (i, j) if float(rewards[i]) >= float(rewards[j]) else (j, i)
-                if ties or _differ(rewards[high], rewards[low], margin):
+                if ties or exceeds(rewards[high], rewards[low], margin):
                     found.append((high, low))
         winners.extend(high for high, _ in found)
         losers.extend(low for _, low in found)

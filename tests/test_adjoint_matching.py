@@ -84,3 +84,90 @@ def test_it_needs_memoryless_noise_and_a_differentiable_reward(chain: str) -> No
     black_box = FunctionReward("jpeg", lambda images, prompts: images.flatten(1).mean(1), False)
     with pytest.raises(UserError, match="needs a reward with gradients, and 'jpeg' has none"):
         algorithm.check(chains.sampler(chain, eta=eta), black_box, plan)
+
+
+# -- the flow chain ----------------------------------------------------------------------------------------------
+
+#: Reward per number of the flow chain below, and lambda.
+SLOPE, SCALE = 0.8 / 3, 2.0
+
+
+class Flow:
+    """Ten memoryless SDE steps on the exact velocity of N(MU, S0^2), in closed form, for every one of 3 numbers.
+
+    Attributes:
+        slopes: A of step k, x' = A x + B + S z.
+        by_velocity: how far the step's mean moves with the velocity.
+        noise: S.
+        kappas: the sensitivity of the final number to the state after step k, the product of the later slopes.
+    """
+
+    def __init__(self, times: list[float]) -> None:
+        self.slopes, self.by_velocity, self.noise = [], [], []
+        for t, s in zip(times, [*times[1:], 0.0], strict=True):
+            g2 = 2 * t / (1 - min(t, times[1])) if t == 1 else 2 * t / (1 - t)
+            dt = s - t
+            velocity = (t - (1 - t) * chains.S0**2) / ((1 - t) ** 2 * chains.S0**2 + t**2)
+            self.by_velocity.append((1 + g2 * (1 - t) / (2 * t)) * dt)
+            self.slopes.append(1 + g2 / (2 * t) * dt + velocity * self.by_velocity[-1])
+            self.noise.append(math.sqrt(-g2 * dt))
+        self.kappas = [math.prod(self.slopes[k + 1 :]) for k in range(len(times))]
+
+
+def flow_setup() -> tuple[Any, Any, Batch, Context, Flow]:
+    """A chain of 3 numbers with a shift of the velocity at every timestep, and the reward a sum over them."""
+    shift = torch.zeros(1001, 3, dtype=torch.float64)
+    sampler = chains.sampler("flow", steps=10, shift=shift, eta=math.sqrt(2))
+    algorithm = build_algorithm("adjoint_matching", reward_scale=SCALE)
+    traj = sampler.rollout(["a"] * 4)
+    batch = Batch(traj.prompts, traj.keys, {}, traj, metadata=[{}] * 4)
+    # Pictures repeat the 3 numbers four times.
+    reward = FunctionReward("linear", lambda images, prompts: 3 * SLOPE * chains.logits(images).mean(1), True)
+    context = Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0)
+    return sampler, algorithm, batch, context, Flow([float(t) / 1000 for t in traj.times])
+
+
+def test_on_the_flow_chain_the_adjoint_is_the_sensitivity_too() -> None:
+    """C94's twin: -lambda a kappa_k after step k, also when the policy has left the base model."""
+    sampler, algorithm, batch, context, flow = flow_setup()
+    traj = batch.trajectory
+    assert traj is not None
+    for k, gaussian in sampler.transitions(traj).items():
+        assert gaussian.std == pytest.approx(flow.noise[k], rel=1e-6)
+    sampler.policy.parameters()[0].data += 0.3
+    adjoints = algorithm.adjoints(batch, context)
+    assert len(adjoints) == 10 and len({round(kappa, 3) for kappa in flow.kappas}) == 10
+    for adjoint, kappa in zip(adjoints, flow.kappas, strict=True):
+        expected = torch.full((4, 3), -SCALE * SLOPE * kappa, dtype=torch.float64)
+        torch.testing.assert_close(adjoint.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_on_the_flow_chain_the_optimum_is_the_tilt() -> None:
+    """The velocity that moves every mean by lambda a S^2 kappa has no loss, no gradient, and draws the tilt.
+
+    Of N(m, V), tilted by exp(lambda a x), the mean is m + lambda a V; the noise is memoryless but for the grid's step
+    from pure noise, whose share of V is kappa_T^2.
+    """
+    sampler, algorithm, batch, context, flow = flow_setup()
+    traj, parameter = batch.trajectory, sampler.policy.parameters()[0]
+    assert traj is not None
+    steps = traj.stochastic_steps
+    # At the base model the loss is the adjoint's alone, and its slope by a step's velocity that of the square.
+    metrics = algorithm.accumulate(batch, context)
+    sizes = [SCALE * SLOPE * flow.kappas[k] * flow.noise[k] for k in steps]
+    assert metrics["loss"] == pytest.approx(sum(size**2 for size in sizes) / len(steps), rel=1e-4)
+    for k, size in zip(steps, sizes, strict=True):
+        slope = -2 * size * flow.by_velocity[k] / flow.noise[k] / len(steps) / 3
+        got = parameter.grad[int(traj.times[k])]
+        torch.testing.assert_close(got, torch.full_like(got, slope), atol=1e-6, rtol=1e-4)
+    size = float(parameter.grad.norm())
+    parameter.grad = None
+    for k in steps:
+        shift = SCALE * SLOPE * flow.noise[k] ** 2 * flow.kappas[k] / flow.by_velocity[k]
+        parameter.data[int(traj.times[k])] = shift
+    metrics = algorithm.accumulate(batch, context)
+    assert metrics["loss"] < 1e-8 and metrics["kl"] > 0 and float(parameter.grad.norm()) < 1e-4 * size
+    moved = sampler.rollout(["a"] * 4).states[:, -1] - traj.states[:, -1]
+    noisy = sum((flow.noise[k] * flow.kappas[k]) ** 2 for k in steps)
+    torch.testing.assert_close(moved, torch.full_like(moved, SCALE * SLOPE * noisy), atol=1e-6, rtol=1e-5)
+    assert math.prod(flow.slopes) ** 2 < 0.01 * noisy

@@ -59,8 +59,8 @@ def test_jitter_makes_no_label_and_no_pair() -> None:
     jitter = 0.5 + 1e-7 * torch.arange(6)
     assert jitter.unique().numel() > 1 and signs_in_groups(jitter, prompts).eq(0).all()
     for mode in ("best_worst", "all"):
-        assert preference_units(jitter, prompts, mode) == []  # type: ignore[arg-type]
-        assert len(preference_units(rewards, prompts, mode)) == 2  # type: ignore[arg-type]
+        assert preference_units(jitter, prompts, mode) == []
+        assert len(preference_units(rewards, prompts, mode)) == 2
     assert len(pairs_of(jitter, [[0, 1, 2]])) == 0 and len(pairs_of(rewards, [[0, 1, 2]])) == 3
 
 

@@ -200,9 +200,11 @@ def test_cutting_into_micro_batches_changes_nothing(name: str) -> None:
 
 # -- whole losses, term by term ----------------------------------------------------------------------------------
 
-#: Rewards of four samples of a prompt, and their advantages: the std is the population's, 1e-4 is added to it.
+#: Rewards of two samples of either of two prompts, and their advantages: from the mean of the prompt, by the
+#: population's std of all of them, to which 1e-4 is added.
+PAIRS = ("a", "a", "b", "b")
 REWARDS = torch.tensor([1.0, 4.0, 2.0, 0.5])
-ADVANTAGES = ((REWARDS - REWARDS.mean()) / (REWARDS.std(correction=0) + 1e-4)).double()
+ADVANTAGES = ((REWARDS - torch.tensor([2.5, 2.5, 1.25, 1.25])) / (REWARDS.std(correction=0) + 1e-4)).double()
 
 
 def velocities(*names: str) -> tuple[torch.Tensor, Endpoints, Any]:
@@ -223,9 +225,8 @@ def velocities(*names: str) -> tuple[torch.Tensor, Endpoints, Any]:
 
 def loss_at(algorithm: Any, point: Point) -> torch.Tensor:
     """The losses of four samples with :data:`REWARDS`."""
-    prompts = ("a",) * 4
-    values = algorithm.prepare(prompts, RewardOutput(REWARDS)).values
-    return algorithm.point_loss(point, Batch(prompts, (), values, units=[[i] for i in range(4)]))[0]
+    values = algorithm.prepare(PAIRS, RewardOutput(REWARDS)).values
+    return algorithm.point_loss(point, Batch(PAIRS, (), values, units=[[i] for i in range(4)]))[0]
 
 
 def assert_same(loss: torch.Tensor, expected: torch.Tensor, predicted: torch.Tensor) -> None:
@@ -236,7 +237,7 @@ def assert_same(loss: torch.Tensor, expected: torch.Tensor, predicted: torch.Ten
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("clip", "beta", "kl_weight"), [(5.0, 1.0, 0.3), (0.5, 0.2, 0.0), (2.0, 0.5, 2.0)])
+@pytest.mark.parametrize(("clip", "beta", "kl_weight"), [(5.0, 1.0, 0.3), (0.8, 0.2, 0.0), (2.0, 0.5, 2.0)])
 def test_nfts_loss_is_its_expansion(clip: float, beta: float, kl_weight: float) -> None:
     """(c / beta) (|o - x0|^2 + beta^2 |p - o|^2 + 2 beta (2r - 1) (p - o)(o - x0)) + lambda |v - v_ref|^2.
 
@@ -257,12 +258,19 @@ def test_awms_loss_is_the_ratio_and_two_distances(distances: tuple[float, float]
     """-A exp(m_old - m) + lambda_ref |v - v_ref|^2 + lambda_ema |v - v_ema|^2: both distances hold the policy back."""
     kl_weight, ema_weight = distances
     awm_: Any = build_algorithm(
-        "awm", weighting="uniform", advantage_clip=1.5, clip_range=1e3, kl_weight=kl_weight, ema_weight=ema_weight
+        "awm", weighting="uniform", advantage_clip=0.8, clip_range=1e3, kl_weight=kl_weight, ema_weight=ema_weight
     )
     predicted, truth, point = velocities("rollout", "reference", "ema")
     error = (predicted - truth.velocity).square().mean(1)
     old_error = (point.others["rollout"].velocity - truth.velocity).square().mean(1)
-    expected = -(ADVANTAGES.clamp(-1.5, 1.5) / 1.5) * (old_error - error).exp()
+    expected = -(ADVANTAGES.clamp(-0.8, 0.8) / 0.8) * (old_error - error).exp()
     for name, weight in (("reference", kl_weight), ("ema", ema_weight)):
         expected = expected + weight * (predicted - point.others[name].velocity).square().mean(1)
     assert_same(loss_at(awm_, point), expected, predicted)
+
+
+def test_awms_std_is_the_epochs_or_the_groups() -> None:
+    for global_std, stds in ((True, REWARDS.std(correction=0)), (False, torch.tensor([1.5, 1.5, 0.75, 0.75]))):
+        got = build_algorithm("awm", global_std=global_std).prepare(PAIRS, RewardOutput(REWARDS)).values["advantage"]
+        expected = torch.tensor([-1.5, 1.5, 0.75, -0.75]) / (stds + 1e-4) / 5.0
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)

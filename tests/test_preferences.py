@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import chains
+import numpy as np
 import pytest
 import torch
 
 from difftune.advantage import Pairs, pairs_of, preference_units
-from difftune.algorithm import Endpoints, Point, build_algorithm, squared_error
+from difftune.algorithm import Batch, Endpoints, Point, build_algorithm, squared_error
 from difftune.algorithms import d3po, diffusion_dpo, kto, seppo
 from difftune.transition import Level
 from difftune.types import RewardOutput
@@ -61,6 +62,24 @@ def test_d3pos_gradient_ends_at_the_clamp(log_ratio: float, slope: float) -> Non
     loss.sum().backward()
     assert winner.grad is not None
     assert float(winner.grad) == pytest.approx(slope, abs=1e-6)
+
+
+def test_a_tie_costs_ln_2_and_pulls_nowhere() -> None:
+    """C43 with c = 0, whatever the ratio is: the logit is 0. The algorithm leaves ties out, and that constant."""
+    log_ratio = double(-0.09, 0.0, 0.05, 0.2).requires_grad_()
+    loss = d3po.preference_loss(0 * log_ratio, 0 * log_ratio, 0.1, 0.1)
+    torch.testing.assert_close(loss, torch.full_like(loss, LN2), atol=1e-12, rtol=0)
+    same = d3po.preference_loss(log_ratio, log_ratio, 0.1, 0.1)
+    torch.testing.assert_close(same, torch.full_like(same, LN2), atol=1e-12, rtol=0)
+    (loss + same).sum().backward()
+    assert log_ratio.grad is not None and log_ratio.grad.eq(0).all()
+    tied = pairs_of(torch.tensor([2.0, 5.0, 5.0]), [[0, 1, 2]])
+    algorithm: Any = build_algorithm("d3po")
+    found = double(0.01, 0.02, 0.03).requires_grad_()
+    algorithm.pair_loss(found, tied)[0].mean().backward()
+    # The winners are the tied two, each against the loser: -beta / 2 at most, and nothing between them.
+    assert found.grad is not None and list(zip(tied.winners, tied.losers, strict=True)) == [(1, 0), (2, 0)]
+    assert float(found.grad.sum()) == pytest.approx(0, abs=1e-12) and bool((found.grad[1:] < 0).all())
 
 
 def test_both_preference_losses_are_ln_2_at_the_reference() -> None:
@@ -203,7 +222,7 @@ def test_a_pair_shares_noise_and_level(chain: str) -> None:
 
 def accumulate(algorithm: Any, sampler: Any, prompts: list[str], units: list[list[int]]) -> dict[str, float]:
     """One micro-batch without a trainer; rewards are 3, 2, 1, ..."""
-    from difftune.algorithm import Batch, Context
+    from difftune.algorithm import Context
     from difftune.reward import FunctionReward
 
     traj = sampler.rollout(prompts)
@@ -236,6 +255,31 @@ def test_ktos_baseline_is_constant_and_not_negative() -> None:
     kto.utility_loss(gain, torch.ones(4, dtype=torch.float64), baseline, 1.0)[0].backward()
     assert gain.grad is not None
     assert gain.grad[1] == 0  # a baseline with a graph would reach the other sample
+
+
+@pytest.mark.parametrize("mean_gain", [-0.4, 0.3])
+def test_ktos_loss_measures_gains_from_what_is_gained_on_the_whole(mean_gain: float) -> None:
+    """w (1 - sigmoid(+-beta (g - z))) with z = max(0, the mean gain): where the policy has lost, z is 0."""
+    beta, t = 3.0, 0.4
+    gains = double(-0.3, 0.1, 0.4, -0.2) + mean_gain
+    assert float(gains.mean()) == pytest.approx(mean_gain)
+    x0, noise = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x_t, one = (1 - t) * x0 + t * noise, torch.ones(4, 6, dtype=torch.float64)
+    # An error of 1 for the base model, and of 1 - gain for the policy.
+    offset = (1 - gains).sqrt().requires_grad_()
+    base, predicted = (noise - x0 + one * shift for shift in (1.0, offset[:, None]))
+    here = point(t, {"reference": on_path(x_t, base, t)}, on_path(x_t, predicted, t), Endpoints(x0, noise))
+    judge: Any = build_algorithm("kto", beta=beta, desirable_weight=2.0, undesirable_weight=0.5)
+    prompts = ("a",) * 4
+    prepared = judge.prepare(prompts, RewardOutput(torch.tensor([0.0, 3.0, 1.0, 4.0])))
+    loss, stats = judge.point_loss(here, Batch(prompts, (), prepared.values, units=prepared.units))
+    sign, weight = double(-1.0, 1.0, -1.0, 1.0), double(0.5, 2.0, 0.5, 2.0)
+    expected = weight * (1 - torch.sigmoid(sign * beta * (1 - offset.square() - max(mean_gain, 0.0))))
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    assert float(stats["baseline"].mean()) == pytest.approx(max(mean_gain, 0.0), abs=1e-6)
+    (got,) = torch.autograd.grad(loss.sum(), offset, retain_graph=True)
+    (wanted,) = torch.autograd.grad(expected.sum(), offset)
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_ktos_labels_are_about_the_prompts_mean() -> None:
@@ -356,39 +400,44 @@ def test_an_epoch_without_pairs_takes_no_step() -> None:
     assert run.step == 0 and metrics["reward/std"] == 0 and "loss" not in metrics.values
 
 
-def test_d3pos_gradient_on_the_50_step_chain() -> None:
-    """C40: the slope by a step's standardised shift at the reference: -2 beta a S kappa E[sigma'(a d)], soft labels.
+@pytest.mark.parametrize(("labels", "expected"), [("soft", -0.026796), ("hard", -0.065457)])
+def test_d3pos_gradient_on_the_50_step_chain(labels: str, expected: float) -> None:
+    """C40: the slope by a step's standardised shift, at the reference, to the digits of the closed forms.
 
-    Fifteen hundred samples, each against five others; the tolerance is four standard errors.
+    -2 beta a S kappa E[sigma'(a d)] where the better one wins with probability sigma(a d), d the difference of the
+    final numbers; -beta S kappa sqrt(2 / pi) / sd(d) where it always wins. Expectations are by Gauss and Hermite's
+    rule: over the step's noise of both samples, of which the log-ratios are functions, and over the rest of d. That the
+    chain has this S, kappa and variance is C01's test.
     """
-    a, beta, step = 0.8, 0.5, 40
+    a, beta, step, count = 0.8, 0.5, 40, 40
+    noise_std, kappa = 0.19594121, 0.76604211
+    rest = math.sqrt(2 * (0.4186846664 - 0.0157036623**2 - (noise_std * kappa) ** 2))  # of d, with x_T shared
+    nodes, weights = np.polynomial.hermite_e.hermegauss(count)
+    z, chance_of = torch.tensor(nodes), torch.tensor(weights / weights.sum())
     sampler = chains.t1()
-    count = 1500
-    traj = sampler.rollout([f"p{i}" for i in range(count)])
-    final = traj.states[:, -1, 0]
-    z = (traj.states[:, step + 1] - sampler.transitions(traj, [step])[step].mean)[:, 0]
-    with sampler.policy.reference():
-        base = sampler.transitions(traj, [step])[step]
-    z = z / base.std
-    others = torch.cat([torch.arange(count).roll(k) for k in range(1, 6)])
-    mine = torch.arange(count).repeat(5)
-    chance = torch.sigmoid(a * (final[mine] - final[others]))
+    traj = sampler.rollout(["a"] * count)
+    base = sampler.transitions(traj, [step])[step]
+    assert base.std == pytest.approx(noise_std, abs=1e-6)
+    traj.states[:, step + 1, 0] = base.mean[:, 0] + base.std * z
+    i, j = torch.cartesian_prod(torch.arange(count), torch.arange(count)).T
+    gap = noise_std * kappa * (z[i] - z[j])
+    if labels == "soft":
+        wins = (torch.sigmoid(a * (gap[:, None] + rest * z)) * chance_of).sum(1)
+    else:
+        wins = torch.special.ndtr(gap / rest)
 
     def loss_of(view: Any) -> None:
         log_ratio = (view.log_prob - base.log_prob(traj.step_out(step))) * view.dims
-        won = d3po.preference_loss(log_ratio[mine], log_ratio[others], beta, 0.1)
-        lost = d3po.preference_loss(log_ratio[others], log_ratio[mine], beta, 0.1)
-        (chance * won + (1 - chance) * lost).mean().backward()
+        won = d3po.preference_loss(log_ratio[i], log_ratio[j], beta, 0.1)
+        lost = d3po.preference_loss(log_ratio[j], log_ratio[i], beta, 0.1)
+        (chance_of[i] * chance_of[j] * (wins * won + (1 - wins) * lost)).sum().backward()
 
     sampler.replay(traj, loss_of, [step])
-    parameter = sampler.policy.parameters()[0]
-    assert parameter.grad is not None
-    slope = parameter.grad[49 - step, 0]
     # From the shift of the predicted noise to that of the step's mean, in units of its std.
     bars = sampler.policy.pipe.brain.alpha_bars
     bar, below = float(bars[49 - step]), float(bars[48 - step])
     coefficient = math.sqrt(1 - below - base.std**2) - math.sqrt(below * (1 - bar) / bar)
-    got = float(slope) * base.std / coefficient
-    error = float((beta * (chance - 0.5) * (z[mine] - z[others])).std()) / count**0.5
-    assert got == pytest.approx(-0.026796, abs=4 * error)
-    assert 4 * error < 0.02
+    gradient = sampler.policy.parameters()[0].grad
+    assert gradient is not None
+    slope = float(gradient[49 - step, 0]) * base.std / coefficient
+    assert slope == pytest.approx(expected, abs=2e-6)

@@ -141,7 +141,7 @@ def test_an_early_stop_scores_what_the_step_predicts(stop: int) -> None:
     share = (stop + 0.1) / 6
     sampler.rollout(PROMPTS)
     calls = sampler.denoiser_calls
-    got = gradient("drtune", sampler, trained_steps=6, stop_range=(share, share))
+    got = gradient("drtune", sampler, trained_steps=6, stop_range=(share, share + 0.05))
     torch.testing.assert_close(got, torch.full_like(got, 1.0 / chains.DIMS), atol=1e-5, rtol=1e-4)
     # Two whole rollouts inside ``gradient``, then as many steps as were sampled.
     assert sampler.denoiser_calls - calls == 2 * 6 + stop + 1
@@ -169,6 +169,40 @@ def test_draft_1_is_refl_at_the_last_step_where_it_lands_on_the_data(settings: d
     refl = gradient("refl", sampler, loss="negative", loss_scale=1.0, step_range=(0.99, 1.0))
     # The prediction's slope by the shift does not depend on x_t, so that re-noising changes nothing here.
     torch.testing.assert_close(draft, refl, atol=1e-6, rtol=1e-5)
+
+
+def test_draft_lvs_further_draws_are_noised_anew() -> None:
+    """alpha x0 + sigma z, with a z for each draw and update, told from what the exact denoiser predicts there."""
+    sampler = chains.sampler("diffusion", shift=torch.zeros(chains.DIMS, dtype=torch.float64))
+    prompts = tuple(f"p{i}" for i in range(30))
+    traj = sampler.rollout(prompts, seed=7)
+    level = sampler.level(float(traj.times[-1]))
+    slope = level.alpha * chains.S0**2 / (level.alpha**2 * chains.S0**2 + level.sigma**2)
+
+    def draws(step: int) -> list[torch.Tensor]:
+        drawn: list[torch.Tensor] = []
+
+        def score(images: torch.Tensor, _: Any) -> torch.Tensor:
+            numbers = chains.logits(images)
+            drawn.append(numbers.detach().double())
+            return numbers.mean(1)
+
+        context = Context(
+            sampler, sampler.policy, FunctionReward("r", score, True), 1.0, torch.Generator().manual_seed(0), 1, step
+        )
+        build_algorithm("draft", renoised=2).accumulate(Batch(prompts, traj.keys, {}, metadata=[{}] * 30), context)
+        return drawn
+
+    first, *further = draws(0)
+    torch.testing.assert_close(first, traj.states[:, -1], atol=1e-5, rtol=0)
+    further += draws(1)[1:]
+    x_t = (torch.stack(further) - chains.MU) / slope + level.alpha * chains.MU
+    z = ((x_t - level.alpha * traj.states[:, -1]) / level.sigma).flatten(1)
+    assert z.shape == (4, 360)
+    assert float(z.mean()) == pytest.approx(0, abs=4 / 1440**0.5) and float(z.std()) == pytest.approx(1, abs=0.08)
+    # Of one another, and of the sample that the rollout's own last step began from.
+    between = torch.corrcoef(torch.cat([z, traj.states[:, -2].reshape(1, -1)])) - torch.eye(5)
+    assert float(between.abs().max()) < 4 / 360**0.5
 
 
 def test_refls_gradient_is_its_formula() -> None:

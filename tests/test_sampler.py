@@ -662,6 +662,20 @@ def test_probe_takes_another_guidance_than_the_sampler(kind: str) -> None:
     assert not torch.equal(ask(guided), ask(bare)) and torch.equal(ask(guided, guidance_scale=4.0), ask(guided))
 
 
+def test_preferences_are_fitted_to_the_bare_prediction_and_rwr_to_the_guided_one(kind: str) -> None:
+    sampler = make(kind)
+    traj = sampler.rollout(PROMPTS)
+    values = {"reward": torch.ones(4), "weight": torch.ones(4), "label": torch.tensor([1.0, -1.0, 1.0, -1.0])}
+    batch = Batch(tuple(PROMPTS), traj.keys, values, traj, metadata=[{}] * 4, units=[[0, 1], [2, 3]])
+    reward = FunctionReward("r", lambda images, prompts: images.flatten(1).mean(1), True)
+    context = Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0)
+    for name, guided in (("raft", False), ("kto", False), ("rwr", True)):
+        before = sampler.denoiser_rows, sampler.denoiser_calls
+        dt.build_algorithm(name, timesteps=2).accumulate(batch, context)
+        rows, calls = sampler.denoiser_rows - before[0], sampler.denoiser_calls - before[1]
+        assert rows == calls * len(PROMPTS) * (2 if guided else 1)
+
+
 def test_probe_costs_one_call_a_point_and_carries_gradients(kind: str) -> None:
     sampler = make(kind)
     sampler.rollout(PROMPTS)
