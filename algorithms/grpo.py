@@ -121,13 +121,14 @@ class GRPO(TransitionAlgorithm):
     def check(self, sampler: Sampler, reward: Reward, plan: Plan) -> None:
         """Refuse terms that are standardised apart where there are none, and note their weights."""
         super().check(sampler, reward, plan)
-        if self.config.mix == "parts":
-            if not isinstance(reward, WeightedReward):
-                raise UserError(
-                    f"algorithm.mix: parts standardises the terms of a sum, and {reward.name!r} is none; use a list of "
-                    "rewards, or mix: total"
-                )
+        if self.config.mix == "parts" and isinstance(reward, WeightedReward):
             self._weights = {name: weight for name, weight, _ in reward.terms}
+        elif self.config.mix == "parts" and isinstance(reward, Reward):
+            # Before weights are loaded, a configuration is checked with what only looks like a reward.
+            raise UserError(
+                f"algorithm.mix: parts standardises the terms of a sum, and {reward.name!r} is none; use a list of "
+                "rewards, or mix: total"
+            )
 
     def setup(self, policy: Policy) -> None:
         """Keep the weights that draw the first rollout, which the guard compares with."""

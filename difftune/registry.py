@@ -15,6 +15,7 @@ import importlib.util
 import pkgutil
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -49,6 +50,7 @@ class Registry(Generic[T]):
         self._group = entry_points
         self._entries: dict[str, T] = {}
         self._origin: dict[str, str] = {}
+        self._broken: list[str] = []
         self._loaded = False
 
     def add(self, name: str, entry: T, origin: str) -> None:
@@ -64,21 +66,25 @@ class Registry(Generic[T]):
             )
         if name in self._entries and self._origin[name] != origin:
             raise RegistryError(
-                f"{self.kind} {name!r} is already registered by {self._origin[name]}; "
-                f"{origin} must choose another name"
+                f"{self.kind} {name!r} is already registered by {self._origin[name]}; {origin} must choose another name"
             )
         self._entries[name] = entry
         self._origin[name] = origin
 
     def get(self, name: str) -> T:
-        """Return the entry called ``name``; :class:`RegistryError` with the nearest name when there is none."""
+        """Return the entry called ``name``.
+
+        Raises:
+            RegistryError: there is none; the message says the nearest name, and which packages could not be asked.
+        """
         self._load()
         try:
             return self._entries[name]
         except KeyError:
             hint = nearest(name, sorted(self._entries))
+            broken = f"; not loaded: {', '.join(self._broken)}" if self._broken else ""
             raise RegistryError(
-                f"unknown {self.kind} {name!r}{hint} (known: {', '.join(sorted(self._entries))})"
+                f"unknown {self.kind} {name!r}{hint} (known: {', '.join(sorted(self._entries))}{broken})"
             ) from None
 
     def __contains__(self, name: object) -> bool:
@@ -104,7 +110,22 @@ class Registry(Generic[T]):
                 importlib.import_module(f"{self._package}.{module.name}")
         for point in importlib.metadata.entry_points(group=self._group):
             # Importing the module is what registers: an entry point may name the module or the decorated object.
-            point.load()
+            try:
+                point.load()
+            except Exception as error:  # whatever another's package raises, it must not take the rest down
+                self._leave_out(point, error)
+
+    def _leave_out(self, point: importlib.metadata.EntryPoint, error: Exception) -> None:
+        """Warn in one line that a package's entries are not there."""
+        package = point.value if point.dist is None else f"{point.dist.name} {point.dist.version}"
+        if package not in self._broken:
+            self._broken.append(package)
+        reason = (str(error).strip().splitlines() or ["no message"])[0][:200]
+        warnings.warn(
+            f"the {self.kind} {point.name!r} of the installed package {package} cannot be loaded "
+            f"({type(error).__name__}: {reason}) and is left out; mend or uninstall the package",
+            stacklevel=2,
+        )
 
 
 def load_plugin(path: str | Path) -> str:

@@ -90,7 +90,11 @@ class Reward(ABC):
         return f"{self.name} {{{given}}}" if given else self.name
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what scoring has changed and a resumed run must have back, as plain JSON values; empty for most."""
+        """Return what scoring has changed and a resumed run must have back, as plain JSON values; empty for most.
+
+        What keeps a state must see all samples: of several processes the first scores everyone's, and the others are
+        given its state.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -101,6 +105,22 @@ class Reward(ABC):
         """
         if state:
             raise UserError(f"reward {self.name!r}: got a state with {', '.join(state)}, expected none")
+
+    def collect(self) -> Any:
+        """Hand over what was seen while gradients were asked for and is not in the state yet; ``None`` for most.
+
+        Within an optimizer step the scores must not depend on how its samples are cut into micro-batches and
+        processes, so what would change them is kept back, handed over as plain values, and taken in by
+        :meth:`settle`. After this call nothing is kept back.
+        """
+        return None
+
+    def settle(self, found: Sequence[Any]) -> None:
+        """Take in what :meth:`collect` has returned in an optimizer step, in all processes; most do nothing.
+
+        Those that returned ``None`` are left out. What comes of it must not depend on the order or number of the rest.
+        """
+        return
 
     def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Begin on samples that a later call will score among others, if the work is done elsewhere; most do nothing.
@@ -141,8 +161,8 @@ class Reward(ABC):
             metadata: ``B`` mappings, or ``None``.
 
         Raises:
-            UserError: images or scores have the wrong shape, range or type, or metadata that the scorer needs is
-                missing; the message names the scorer.
+            UserError: images or scores have the wrong shape, range or type, metadata that the scorer needs is missing,
+                or scores that should carry gradients to the pixels do not; the message names the scorer.
             NonFiniteError: a score is NaN or infinite; the message names scorer, sample and prompt.
         """
         prompts = list(prompts)
@@ -156,9 +176,31 @@ class Reward(ABC):
         self.check_metadata(prompts, extra)
         with contextlib.nullcontext() if self.differentiable else torch.no_grad():
             pictures = images if self.differentiable else images.detach()
-            if images.ndim == 5 and not self.video:
-                return self._over_frames(pictures, prompts, extra)
-            return checked_output(self.name, self.score(pictures, prompts, extra), prompts)
+            out = self._scored(pictures, prompts, extra)
+            if pictures.requires_grad and torch.is_grad_enabled() and not out.total.requires_grad:
+                self._require_constant(out, pictures, prompts, extra)
+            return out
+
+    def _scored(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
+        if images.ndim == 5 and not self.video:
+            return self._over_frames(images, prompts, metadata)
+        return checked_output(self.name, self.score(images, prompts, metadata), prompts)
+
+    def _require_constant(
+        self, out: RewardOutput, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Refuse scores without a graph unless the pixels do not matter to them (no text is wanted, say)."""
+        if self.state_dict():
+            return  # another look would teach it; the terms of a combination have been checked by themselves
+        with torch.no_grad():
+            # Mirrored and greyer: what looks at the pixels at all sees another picture.
+            other = self._scored(0.3 + 0.4 * images.detach().flip(-1), prompts, metadata)
+        if not torch.equal(other.total, out.total):
+            raise UserError(
+                f"reward {self.name!r} is declared differentiable, but its scores carry no gradient to the pixels: "
+                "compute them with torch alone (no .item(), float(), numpy() or detach()), or declare it without "
+                "differentiable"
+            )
 
     def _over_frames(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
@@ -245,7 +287,7 @@ def checked_output(name: str, scores: Scores, prompts: Sequence[str]) -> RewardO
 
 def _as_scores(name: str, value: Any, prompts: Sequence[str]) -> Tensor:
     try:
-        scores = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        scores = value if isinstance(value, Tensor) else _as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -268,6 +310,15 @@ def _as_scores(name: str, value: Any, prompts: Sequence[str]) -> Tensor:
             f"(prompt {prompts[bad]!r}); the run stops before the update, the last checkpoint is intact"
         )
     return scores
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """Return numbers as a tensor; a list that holds tensors keeps their graphs, which ``torch.as_tensor`` cuts."""
+    if not isinstance(value, Sequence) or not any(isinstance(item, Tensor) for item in value):
+        return torch.as_tensor(value)
+    device = next(item.device for item in value if isinstance(item, Tensor))
+    rows = [torch.as_tensor(item, device=device) for item in value]
+    return torch.stack([row.reshape(()) if row.numel() == 1 else row for row in rows])
 
 
 class FunctionReward(Reward):
@@ -399,6 +450,16 @@ class ComposedReward(Reward):
                 raise UserError(f"reward {self.name!r}: got a state of {label!r}, expected {', '.join(known)}")
         for label, term in known.items():
             term.load_state_dict(state.get(label, {}))
+
+    def collect(self) -> Any:
+        """Hand over what the terms have kept back, by label; ``None`` where that is nothing."""
+        found = {label: term.collect() for label, _, term in self.terms}
+        return {label: kept for label, kept in found.items() if kept is not None} or None
+
+    def settle(self, found: Sequence[Any]) -> None:
+        """Let every term take in its own."""
+        for label, _, term in self.terms:
+            term.settle([one[label] for one in found if label in one])
 
     def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Let all terms begin."""

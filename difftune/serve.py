@@ -1,8 +1,9 @@
 """A reward behind HTTP, for runs on another process, GPU or machine: what the reward ``remote`` asks.
 
 One ``POST`` to ``/score`` is ``{"id", "prompts": [...], "metadata": [...], "images": [PNG in base64, ...]}``, with the
-key as ``Authorization: Bearer KEY``. The reply is ``{"id", "scores": [...], "parts": {name: [...]}}``; what cannot be
-scored gets ``{"error": "one line"}`` with a status that the client does not try again. Nothing that travels is code.
+key as ``Authorization: Bearer KEY``; a film is a list of PNGs in place of one. The reply is
+``{"id", "scores": [...], "parts": {name: [...]}}``, and ``"uncertainty": [...]`` where the reward knows it; what cannot
+be scored gets ``{"error": "one line"}`` with a status that the client does not try again. Nothing that travels is code.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Request:
     Attributes:
         id: the client's name for the request, given back with the reply.
         prompts, metadata: the samples' prompts and what belongs to them.
-        pictures: each ``(3, H, W)`` in [0, 1].
+        pictures: each ``(3, H, W)`` in [0, 1], a film ``(F, 3, H, W)``.
     """
 
     id: str
@@ -126,10 +127,11 @@ class ScoreServer(ThreadingHTTPServer):
         except (UserError, NonFiniteError) as error:
             raise Refused(422, str(error).splitlines()[0]) from None
         parts = {name: values.tolist() for name, values in out.parts.items()}
-        return {"id": request.id, "scores": out.total.tolist(), "parts": parts}
+        reply = {"id": request.id, "scores": out.total.tolist(), "parts": parts}
+        return reply if out.uncertainty is None else {**reply, "uncertainty": out.uncertainty.tolist()}
 
     def _scores(self, request: Request) -> RewardOutput:
-        """Score pictures of one size in one batch, others one by one."""
+        """Score pictures of one size, or films of one size and length, in one batch, others one by one."""
         if len({picture.shape for picture in request.pictures}) == 1:
             return self.reward(torch.stack(list(request.pictures)).to(self.device), request.prompts, request.metadata)
         outputs = [
@@ -138,7 +140,9 @@ class ScoreServer(ThreadingHTTPServer):
         ]
         names = outputs[0].parts
         parts = {name: torch.cat([out.parts[name] for out in outputs]) for name in names}
-        return RewardOutput(torch.cat([out.total for out in outputs]), parts)
+        known = [out.uncertainty for out in outputs if out.uncertainty is not None]
+        uncertainty = torch.cat(known) if len(known) == len(outputs) else None
+        return RewardOutput(torch.cat([out.total for out in outputs]), parts, uncertainty)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say in one line that a client went away; others are served."""
@@ -157,7 +161,8 @@ def read_request(body: bytes) -> Request:
         raise Refused(400, "the request is no JSON") from None
     if not isinstance(asked, dict) or not isinstance(asked.get("id"), str):
         raise Refused(400, "the request has no id, expected an object with id, prompts, metadata and images")
-    prompts, images = (_list_of(asked, name, str, "strings") for name in ("prompts", "images"))
+    prompts = _list_of(asked, "prompts", str, "strings")
+    images = _list_of(asked, "images", str | list, "strings, or lists of them")
     metadata = _list_of(asked, "metadata", dict, "objects") if "metadata" in asked else [{}] * len(prompts)
     if not prompts or not len(prompts) == len(images) == len(metadata):
         raise Refused(
@@ -165,14 +170,25 @@ def read_request(body: bytes) -> Request:
             f"the request has {len(prompts)} prompts, {len(images)} images and {len(metadata)} metadata, "
             "expected as many of each and at least one",
         )
-    return Request(asked["id"], prompts, metadata, [_picture(index, text) for index, text in enumerate(images)])
+    return Request(asked["id"], prompts, metadata, [_picture_or_film(i, sent) for i, sent in enumerate(images)])
 
 
-def _list_of(asked: Mapping[str, Any], name: str, kind: type, word: str) -> list[Any]:
+def _list_of(asked: Mapping[str, Any], name: str, kind: Any, word: str) -> list[Any]:
     values = asked.get(name)
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
         raise Refused(400, f"{name} is no list of {word}")
     return values
+
+
+def _picture_or_film(index: int, sent: str | list[Any]) -> Tensor:
+    if isinstance(sent, str):
+        return _picture(index, sent)
+    if not sent or not all(isinstance(text, str) for text in sent):
+        raise Refused(400, f"image {index} is no list of frames, expected PNG files in base64 and at least one")
+    frames = [_picture(index, text) for text in sent]
+    if len({frame.shape for frame in frames}) > 1:
+        raise Refused(400, f"image {index} is a film whose frames are not of one size")
+    return torch.stack(frames)
 
 
 def _picture(index: int, text: str) -> Tensor:

@@ -14,7 +14,7 @@ import math
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -217,6 +217,10 @@ class Trainer:
         self._micro_batch = self.config.micro_batch
         self._seconds: dict[str, float] = defaultdict(float)
         self._reported: list[RewardOutput] = []
+        # What the reward has seen in the optimizer step that is under way, and learns from when it is over.
+        self._collected: list[Any] = []
+        # Whether the first process scores everyone's samples: for training, and for the monitor.
+        self._first_scores = self._first_measures = False
         self._gate_cost = (0, 0)
         # Samples per pipeline call when the trajectory at hand was begun: the sampler may shrink on the way.
         self._drawn_at = self.sampler.batch_size
@@ -232,12 +236,6 @@ class Trainer:
             monitor = Monitor(config, "cpu" if self._idle_rewards else self.accelerator.device)
         if self._labelled is not None:
             raise UserError("monitor: an algorithm that learns from labelled pictures draws no samples to be watched")
-        compares = [label for label, reward in monitor.rewards.items() if reward.groupwise]
-        if compares and self.processes.count > 1:
-            raise UserError(
-                f"monitor: {compares[0]!r} compares the samples of a prompt, which several processes share; watch it "
-                "in a run of one process"
-            )
         return monitor
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -285,6 +283,9 @@ class Trainer:
         started = time.perf_counter()
         samples = self._plan(epoch)
         self._reported.clear()
+        self._collected.clear()
+        self._first_scores = self._need_everyone([self.reward])
+        self._first_measures = self.monitor is not None and self._need_everyone(self.monitor.rewards.values())
         trajectory: Trajectory | None = None
         scores: RewardOutput | None = None
         prepared = Prepared({})
@@ -327,22 +328,28 @@ class Trainer:
         if self.algorithm.evidence == "gradient":
             # The update decodes and scores its samples piece by piece; others of the same noise are looked at.
             trajectory = self.processes.in_step(self._draw, samples)
+            kept = copy.deepcopy(self.reward.state_dict())
             scores = self._score(trajectory, samples)
+            # They are no samples of the training: a reward that learns must not have seen them.
+            self.reward.load_state_dict(kept)
         assert scores is not None
         with self._phase("monitor"):
-            mine = self.processes.together(self._measure, monitor, trajectory, samples)
+            images, rows = self._to_be_scored(trajectory, samples, self._first_measures)
+            mine = self.processes.together(self._measure, monitor, images, rows, samples)
+            if self._first_measures:
+                self._share_states(monitor.rewards.values())
             found = [part for part in self.processes.gather(mine) if part is not None]
             measured = {name: torch.cat([part[name] for part in found]) for name in found[0]}
             return monitor.record(samples.epoch, scores.total, samples.groups, measured, kl)
 
-    def _measure(self, monitor: Monitor, trajectory: Trajectory | None, samples: _Samples) -> dict[str, Tensor] | None:
-        if trajectory is None:
+    def _measure(
+        self, monitor: Monitor, images: Tensor | None, rows: Sequence[int], samples: _Samples
+    ) -> dict[str, Tensor] | None:
+        if images is None:
             return None
-        assert trajectory.images is not None
-        rows = samples.shares[self.processes.rank]
         texts, metadata = [samples.texts[i] for i in rows], [samples.metadata[i] for i in rows]
         with brought(monitor.rewards.values(), self.accelerator.device, self._idle_rewards):
-            return monitor.measure(trajectory.images, texts, metadata)
+            return monitor.measure(images, texts, metadata)
 
     def _finish(self, epoch: int, values: dict[str, float]) -> Metrics:
         """Write what is due after an epoch: samples, the log line, then the checkpoint."""
@@ -407,10 +414,10 @@ class Trainer:
     def _begin_scoring(self, part: Trajectory, metadata: Sequence[Mapping[str, Any]]) -> None:
         """Let scorers that work elsewhere begin, while the next samples are drawn here."""
         assert part.images is not None
-        # A scorer that compares samples is called by the first process alone, with all of them.
-        if not (self.reward.groupwise and self.processes.count > 1):
+        # What must see all samples is called by the first process alone.
+        if not self._first_scores:
             self.reward.begin(part.images, part.prompts, metadata)
-        if self.monitor is not None:
+        if self.monitor is not None and not self._first_measures:
             self.monitor.begin(part.images, part.prompts, metadata)
 
     def _drop_scoring(self) -> None:
@@ -419,21 +426,43 @@ class Trainer:
             self.monitor.drop()
 
     def _score(self, trajectory: Trajectory | None, samples: _Samples) -> RewardOutput:
-        """Score the epoch's samples, and return everyone's scores, in the plan's order, on the CPU.
-
-        A scorer that compares samples must see all of them, so the first process does all of its work.
-        """
-        images = None if trajectory is None else trajectory.images
-        rows = samples.shares[self.processes.rank]
+        """Score the epoch's samples, and return everyone's scores, in the plan's order, on the CPU."""
         with self._phase("score"):
-            if self.reward.groupwise and self.processes.count > 1:
-                everyone = self.processes.gather(None if images is None else images.cpu())
-                images, rows = None, list(range(len(samples)))
-                if self.processes.first:
-                    images = torch.cat([part for part in everyone if part is not None]).to(self.policy.device)
+            images, rows = self._to_be_scored(trajectory, samples, self._first_scores)
             out = self._gathered(self.processes.together(self._score_rows, images, rows, samples))
+            if self._first_scores:
+                self._share_states([self.reward])
             assert out is not None
             return out
+
+    def _need_everyone(self, rewards: Iterable[Reward]) -> bool:
+        """Say whether the first process must do all the work of these scorers.
+
+        Those that compare samples must see all of a prompt's; those that keep a state must see them all in the same
+        order as one process would, or each process would go by statistics of its own.
+        """
+        mine = any(reward.groupwise or reward.state_dict() for reward in rewards)
+        return self.processes.count > 1 and any(self.processes.gather(mine))
+
+    def _to_be_scored(
+        self, trajectory: Trajectory | None, samples: _Samples, by_first: bool
+    ) -> tuple[Tensor | None, Sequence[int]]:
+        """Return the images that this process scores, ``None`` if there are none, and which samples they are."""
+        images = None if trajectory is None else trajectory.images
+        if not by_first:
+            return images, samples.shares[self.processes.rank]
+        everyone = self.processes.gather(None if images is None else images.cpu())
+        if not self.processes.first:
+            return None, []
+        whole = torch.cat([part for part in everyone if part is not None])
+        return whole.to(self.policy.device), range(len(samples))
+
+    def _share_states(self, rewards: Iterable[Reward]) -> None:
+        """Give every process the states that the scorers of the first one have come to."""
+        for reward in rewards:
+            state = self.processes.gather(reward.state_dict())[0]
+            if not self.processes.first:
+                reward.load_state_dict(state)
 
     def _score_rows(self, images: Tensor | None, rows: Sequence[int], samples: _Samples) -> RewardOutput | None:
         if images is None:
@@ -533,6 +562,7 @@ class Trainer:
                     for name, values in found.items():
                         meter[name].extend(values)
                     meter["grad_norm"].append((self._optimize(), 1.0))
+                    self._settle()
                     done += 1
                     self.processes.together(self._tell, "update", done, total)
         return self._means(meter)
@@ -588,6 +618,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.algorithm.load_state_dict(copy.deepcopy(kept[0]))
             self.reward.load_state_dict(copy.deepcopy(kept[1]))
+            self._collected.clear()
             del self._reported[reported:]
             self.sampler.uncount(*cost)
             self._micro_batch = size
@@ -662,10 +693,21 @@ class Trainer:
             step=self.step,
             report=self._report if weight else lambda rewards: None,
         )
-        return self.algorithm.accumulate(batch, context)
+        metrics = self.algorithm.accumulate(batch, context)
+        found = self.reward.collect()
+        # Calls that do not count teach nothing, nor do samples that have been scored before they are trained on.
+        if found is not None and weight and self.algorithm.evidence == "gradient":
+            self._collected.append(found)
+        return metrics
 
     def _report(self, rewards: RewardOutput) -> None:
         self._reported.append(_on_cpu(rewards))
+
+    def _settle(self) -> None:
+        """Let the reward learn from an optimizer step, once it is over, what it has seen of it in all processes."""
+        if self.algorithm.evidence == "gradient":
+            self.reward.settle([found for own in self.processes.gather(self._collected) for found in own])
+            self._collected.clear()
 
     def _generator(self, epoch: int, sweep: int, stream: str) -> torch.Generator:
         return keyed_generator(SampleKey(self.config.seed, epoch, "", sweep), stream)
@@ -793,7 +835,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Return everything the run is: counters, weights, adapters, optimizer, algorithm and random generators.
 
-        All processes must call it: what each has of its own (generators, the reward's memory) is gathered.
+        All processes must call it: what each has of its own (generators) is gathered.
         """
         return {
             "epoch": self.epoch,
@@ -812,8 +854,8 @@ class Trainer:
         """Restore :meth:`state_dict`.
 
         Raises:
-            UserError: the state is of another algorithm, seed or adapter, or the reward remembers what another number
-                of processes have seen.
+            UserError: the state is of another algorithm, seed or adapter, or was left by processes whose rewards each
+                had a memory of their own.
         """
         if state["algorithm"]["name"] != self.algorithm.name:
             raise UserError(
@@ -826,10 +868,10 @@ class Trainer:
             )
         own, count = state["processes"], self.processes.count
         if len(own) != count:
-            if any(process["reward"] for process in own):
+            if any(process["reward"] != own[0]["reward"] for process in own):
                 raise UserError(
-                    f"resume: reward {self.reward.name!r} has a memory in each of {len(own)} processes, this run has "
-                    f"{count}; resume with {len(own)}"
+                    f"resume: reward {self.reward.name!r} has another memory in each of {len(own)} processes, this run "
+                    f"has {count}; resume with {len(own)}"
                 )
             warnings.warn(
                 f"resume: the checkpoint was made by {len(own)} processes, this run has {count}; it goes on as the "

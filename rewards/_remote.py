@@ -42,6 +42,10 @@ _REPLY_LIMIT = 16_000_000
 _MEMORY = 20_000
 """Scores that are remembered."""
 
+READINGS = 3
+"""Times that an answer of a language model is asked for which arrives whole and cannot be read: at temperature 0 the
+next one is nearly always the same."""
+
 _FINAL = {400, 401, 403, 404, 405, 413, 415, 422}
 """HTTP statuses that asking again does not change."""
 
@@ -65,6 +69,8 @@ class Remote:
         deadline: seconds that all attempts for one batch of samples may take together.
         concurrency: requests at a time.
         key_env: name of the environment variable with the key; empty for none.
+        readings: attempts after which a reply that arrives whole and cannot be read is given up before the deadline;
+            0 for no such limit.
     """
 
     name: str
@@ -73,6 +79,7 @@ class Remote:
     deadline: float = 300.0
     concurrency: int = 4
     key_env: str = ""
+    readings: int = 0
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
@@ -99,7 +106,7 @@ class Remote:
         monotonic clock; a deadline from now by default.
 
         Raises:
-            RemoteError: a request did not succeed within the deadline.
+            RemoteError: a request did not succeed within the deadline, or its reply cannot be read.
             UserError: the server refuses the request as such (status 4xx).
         """
         if not payloads:
@@ -181,24 +188,32 @@ class Channel:
         import httpx
         import tenacity
 
-        last = "it was not reached in time"
+        last, unread = "it was not reached in time", 0
 
         def attempt() -> T:
-            nonlocal last
+            nonlocal last, unread
             if time.monotonic() >= end or self._over.is_set():
                 raise BadReply(last)  # what went wrong before says more than that time is up
             try:
-                return read(self._post(payload, end))
+                reply = self._post(payload, end)
+                try:
+                    return read(reply)
+                except BadReply:
+                    unread += 1
+                    raise
             except (httpx.HTTPError, httpx.StreamError, BadReply, ValueError) as error:
                 if isinstance(error, UserError):
                     raise
                 last = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 raise BadReply(last) from None
 
+        def given_up() -> bool:
+            return 0 < self.remote.readings <= unread
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(BadReply),
             wait=tenacity.wait_random_exponential(multiplier=0.05, max=5),
-            stop=lambda state: self._over.is_set() or time.monotonic() + state.upcoming_sleep >= end,
+            stop=lambda state: self._over.is_set() or given_up() or time.monotonic() + state.upcoming_sleep >= end,
             sleep=tenacity.sleep_using_event(self._over),
             reraise=False,
         )
@@ -206,6 +221,11 @@ class Channel:
             return retrying(attempt)
         except tenacity.RetryError:
             remote = self.remote
+            if given_up():
+                raise RemoteError(
+                    f"reward {remote.name!r}: {remote.url} gave no answer that can be read, in {unread} attempts "
+                    f"(last: {last}); the run stops before the update, change the question and resume"
+                ) from None
             raise RemoteError(
                 f"reward {remote.name!r}: no usable scores from {remote.url} within {remote.deadline:g} s (last: "
                 f"{last}); the run stops before the update, start the scorer and resume"
@@ -242,15 +262,31 @@ class Sample(NamedTuple):
     prompt: str
     metadata: Mapping[str, Any]
 
+    @property
+    def kind(self) -> str:
+        """What the files are, where that is not plain: a film of one frame is another sample than the picture."""
+        return ""
+
     def key(self) -> str:
         """Return what identifies the sample by its content.
 
         Raises:
             TypeError: the metadata cannot be written as JSON.
         """
-        words = json.dumps([self.prompt, dict(self.metadata)], sort_keys=True, ensure_ascii=True)
+        words = json.dumps([self.prompt, dict(self.metadata), self.kind], sort_keys=True, ensure_ascii=True)
         digests = b"".join(hashlib.sha256(file).digest() for file in self.files)
         return hashlib.sha256(digests + words.encode()).hexdigest()
+
+
+class Film(Sample):
+    """A sample whose files are the frames of one film."""
+
+    __slots__ = ()
+
+    @property
+    def kind(self) -> str:
+        """Tells it from a picture."""
+        return "film"
 
 
 class Questions(Generic[T]):
@@ -308,7 +344,7 @@ class Questions(Generic[T]):
         """Return the samples' answers, in order.
 
         Raises:
-            RemoteError: there was none within the deadline.
+            RemoteError: there was none within the deadline, or none that can be read.
             UserError: the server refuses.
         """
         end = time.monotonic() + self.server.deadline
@@ -351,15 +387,13 @@ class Asking(Reward):
     questions: Questions[Any]
 
     @abstractmethod
-    def samples(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> list[Sample]:
-        """Return what is asked about pictures ``(B, 3, H, W)``."""
+    def samples(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[Sample]:
+        """Return what is asked about pictures ``(B, 3, H, W)``, or films ``(B, F, 3, H, W)`` if it takes them whole."""
 
     def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Send the requests that are full and return."""
-        for frame in images.unbind(1) if images.ndim == 5 else (images,):
-            self.questions.begin(self.samples(frame, prompts, metadata))
+        for part in images.unbind(1) if images.ndim == 5 and not self.video else (images,):
+            self.questions.begin(self.samples(part, prompts, metadata))
 
     def drop(self) -> None:
         """Give up the requests that are under way."""

@@ -26,7 +26,13 @@ class _Shape(OneTerm):
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         """Return the changed scores ``(B,)``; the parts have them as they were."""
         outputs, parts = self.score_terms(images, prompts, metadata)
-        return RewardOutput(self._changed(self.inner(outputs)), parts)
+        sigma = outputs[0].uncertainty
+        unsure = None if sigma is None else self._changed_uncertainty(sigma)
+        return RewardOutput(self._changed(self.inner(outputs)), parts, unsure)
+
+    def _changed_uncertainty(self, sigma: Tensor) -> Tensor | None:
+        # Where a shape bends, the score's distribution is no longer told by one deviation.
+        return None
 
     def _changed(self, scores: Tensor) -> Tensor:
         raise NotImplementedError
@@ -35,6 +41,8 @@ class _Shape(OneTerm):
 @reward("affine")
 class Affine(_Shape):
     """``scale * r + offset``, e.g. to put rewards on a common scale.
+
+    The uncertainty, where the term reports one, is multiplied by ``|scale|``; the shapes that bend report none.
 
     Args:
         of: the term.
@@ -48,6 +56,9 @@ class Affine(_Shape):
 
     def _changed(self, scores: Tensor) -> Tensor:
         return self.scale * scores + self.offset
+
+    def _changed_uncertainty(self, sigma: Tensor) -> Tensor:
+        return abs(self.scale) * sigma
 
 
 @reward("sigmoid")
@@ -179,7 +190,8 @@ class Segmental(OneTerm):
         r = (1 / S) sum_i f_i r(frame g(i)),        f_i = exp(-rate |g(i) - F / 2|), frames from 0, rate 1
 
     That is nearly nothing for a long film. By default the middle frame of each segment is scored, distances count
-    segments, and the weights sum to 1. Stills are scored as they are.
+    segments, and the weights sum to 1. Stills are scored as they are. Errors of a film's frames are not independent, so
+    the same sum of their uncertainties, which is an upper bound, is the film's.
 
     Args:
         of: the term, any scorer of pictures.
@@ -197,21 +209,27 @@ class Segmental(OneTerm):
         self.segments, self.rate, self.random = segments, rate, random
 
     def begin(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Let the term begin on the chosen frames."""
-        super().begin(self._chosen(images)[0] if images.ndim == 5 else images, prompts, metadata)
+        """Let the term begin on the chosen frames, which it scores one by one."""
+        for frame in self._chosen(images)[0].unbind(1) if images.ndim == 5 else (images,):
+            super().begin(frame, prompts, metadata)
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> RewardOutput:
         """Return ``(B,)`` weighted means over the chosen frames."""
         if images.ndim == 4:
             outputs, parts = self.score_terms(images, prompts, metadata)
-            return RewardOutput(self.inner(outputs), parts)
+            return RewardOutput(self.inner(outputs), parts, outputs[0].uncertainty)
         frames, weights = self._chosen(images)
         sums: dict[str, Tensor] = {}
+        unsure: list[Tensor] = []
         for frame, weight in zip(frames.unbind(1), weights.unbind(1), strict=True):
             outputs, parts = self.score_terms(frame, prompts, metadata)
             for key, value in {"": self.inner(outputs), **parts}.items():
                 sums[key] = sums.get(key, torch.zeros_like(value)) + weight.to(value) * value
-        return RewardOutput(sums.pop(""), sums)
+            sigma = outputs[0].uncertainty
+            if sigma is not None:
+                unsure.append(weight.to(sigma) * sigma)
+        uncertainty = torch.stack(unsure).sum(0) if len(unsure) == frames.shape[1] else None
+        return RewardOutput(sums.pop(""), sums, uncertainty)
 
     def _chosen(self, films: Tensor) -> tuple[Tensor, Tensor]:
         """Return the frames ``(B, S, 3, H, W)`` that stand for the segments, and their weights ``(B, S)``."""

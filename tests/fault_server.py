@@ -20,8 +20,10 @@ from PIL import Image
 FAULTS = ("error", "hang", "short", "long", "nan", "garbage", "swapped", "closed", "drip", "text")
 
 
-def decoded(text: str) -> np.ndarray:
-    """Return a picture of a request as ``(H, W, 3)`` bytes."""
+def decoded(text: str | list[str]) -> np.ndarray:
+    """Return a picture of a request as ``(H, W, 3)`` bytes, a film (a list of them) as ``(F, H, W, 3)``."""
+    if not isinstance(text, str):
+        return np.stack([decoded(frame) for frame in text])
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 

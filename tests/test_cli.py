@@ -31,6 +31,7 @@ from difftune.cli.adapters import model_of
 from difftune.cli.interrupts import Interrupts
 from difftune.cli.score import read_picture
 from difftune.prompts import load_prompts
+from difftune.reward import Reward
 from difftune.types import Metrics, RewardOutput, UserError
 
 Capture = pytest.CaptureFixture[str]
@@ -487,6 +488,49 @@ def test_score_reads_pictures_of_all_sizes(pictures: Path, capsys: Capture) -> N
     assert capsys.readouterr().out.splitlines()[0] == "image,prompt,score"
     assert cli.main(arguments) == 0
     assert "mean of 3" in capsys.readouterr().out
+
+
+def test_score_asks_for_pictures_of_one_size_together(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 16, in their order, on the device that a run would take."""
+    widths = [8] * 17 + [9] * 2 + [8]
+    for index, width in enumerate(widths):
+        Image.new("RGB", (width, 8), (10 * index, 0, 0)).save(tmp_path / f"{index:02}.png")
+    batches: list[tuple[int, int]] = []
+    moved: list[str] = []
+
+    class Seen(Reward):
+        name = "seen"
+
+        def to(self, device: Any) -> Reward:
+            moved.append(str(device))
+            return self
+
+        def score(self, images: Any, prompts: Any, metadata: Any) -> Any:
+            batches.append((len(images), images.shape[-1]))
+            return images[:, 0].amax((1, 2))
+
+    monkeypatch.setattr("difftune.cli.score.build_scorer", lambda reward, settings: Seen())
+    assert cli.main(["score", "seen", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["score"] for row in rows] == pytest.approx([10 * index / 255 for index in range(20)])
+    assert batches == [(16, 8), (1, 8), (2, 9), (1, 8)]
+    assert moved == [cf.pick_device()]
+    assert cli.main(["score", "seen", str(tmp_path), "--device", "cpu"]) == 0 and moved[1:] == ["cpu"]
+    capsys.readouterr()
+    assert "device: got tpu" in refused(capsys, "score", "seen", str(tmp_path), "--device", "tpu")
+
+
+def test_score_tells_the_uncertainty(pictures: Path, capsys: Capture) -> None:
+    unsure = ["score", "mean_variance", "--set", "of=[brightness, contrast]", str(pictures)]
+    assert cli.main([*unsure, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["uncertainty"] for row in rows] == pytest.approx([0, 0.1, 0.5], abs=0.01)
+    assert cli.main([*unsure, "--csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "image,prompt,score,uncertainty,brightness,contrast"
+    assert cli.main(unsure) == 0
+    assert "uncertainty 0.5  brightness 1" in capsys.readouterr().out.splitlines()[2]
 
 
 def test_score_compares_pictures_where_the_reward_does(pictures: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -258,11 +258,19 @@ def scripted(course: Course, **config: Any) -> Monitor:
     return monitor
 
 
-def test_a_watched_run_logs_what_it_sees_and_trains_the_same(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    plain = list(run(epochs=2))
-    torch.manual_seed(0)
-    seen = list(run(tmp_path / "run", monitor=["clip_score"], epochs=2))
+@pytest.mark.parametrize("algorithm", ["ddpo", "alignprop"])
+def test_a_watched_run_logs_what_it_sees_and_trains_the_same(tmp_path: Path, algorithm: str) -> None:
+    """Also where a reward that learns is scored on samples that are drawn for the monitor alone."""
+
+    def trainer(out: Path | None, **settings: Any) -> Trainer:
+        torch.manual_seed(0)
+        return run(out, algorithm, reward=build_reward("calibrated", of="brightness"), epochs=2, **settings)
+
+    runs = trainer(None), trainer(tmp_path / "run", monitor=["clip_score"])
+    plain, seen = map(list, runs)
+    assert runs[0].reward.state_dict() == runs[1].reward.state_dict() and runs[0].reward.state_dict()["count"] == 8
+    for one, other in zip(*(trainer.policy.parameters() for trainer in runs), strict=True):
+        assert torch.equal(one, other)
     for before, after in zip(plain, seen, strict=True):
         added = {name for name in after.values if name.startswith("monitor/")}
         assert {"monitor/clip_score", "monitor/brightness", "monitor/sample_distance", "monitor/alarms"} <= added
@@ -288,6 +296,20 @@ def test_a_run_stops_after_the_epoch_of_the_alarm_and_resumes_once_told_to_warn(
     with pytest.raises(MonitorAlarm, match="go back to epoch [45],"):
         list(run(tmp_path / "run", monitor=scripted(lambda epoch: -99.0, action="stop"), **again))
     assert list(run(tmp_path / "run", monitor=scripted(lambda epoch: -99.0), **again))[-1].epoch == 8
+
+
+def test_a_monitored_reward_that_learns_goes_on_where_it_was(tmp_path: Path) -> None:
+    def state(name: str, epochs: int, **settings: Any) -> dict[str, Any]:
+        torch.manual_seed(0)
+        monitor = Monitor(MonitorConfig(rewards=["calibrated"]))
+        monitor._watched = {"calibrated": build_reward("calibrated", of="contrast")}
+        list(run(tmp_path / name, monitor=monitor, epochs=epochs, **settings))
+        return monitor.state_dict()
+
+    whole = state("whole", 3)
+    assert whole["watched"]["calibrated"]["count"] == 12
+    state("cut", 2)
+    assert state("cut", 3, resume=True) == whole
 
 
 def test_a_gradient_method_is_watched_on_samples_of_its_own() -> None:

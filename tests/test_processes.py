@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -185,7 +187,16 @@ CASES: dict[str, dict[str, Any]] = {
             {"name": "sigmoid", "of": "redness"},
         ]
     },
+    # What learns from the scores sees them in the order of one process, and what compares samples sees all of a prompt.
+    "calibrated": {"reward": [{"name": "calibrated", "of": "redness"}, {"name": "calibrated", "of": "contrast"}]},
+    "calibrated_gradient": {
+        "algorithm": "draft",
+        "method": {"loss_scale": 100.0},
+        "reward": {"name": "calibrated", "of": "contrast"},
+        "monitor": ["contrast"],
+    },
     "watched": {"monitor": ["contrast", "clip_score"]},
+    "watched_together": {"monitor": [{"name": n, "of": "contrast"} for n in ("calibrated", "group_rank")]},
     "one_sample": {
         "algorithm": "draft",
         "method": {"loss_scale": 1000.0},
@@ -212,7 +223,8 @@ def test_two_processes_take_the_steps_of_one(case: str) -> None:
     settings = dict(CASES[case])
     if "reward" in settings:
         settings["reward"] = build_reward(with_redness(settings["reward"]))
-    alone, records = run(0, settings)
+    # What the reward of the one learns, those of the two must not know.
+    alone, records = run(0, copy.deepcopy(settings))
     (first, log), (second, other) = both(run, settings)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, alone, atol=1e-6, rtol=0)
@@ -221,6 +233,52 @@ def test_two_processes_take_the_steps_of_one(case: str) -> None:
         for name in got.keys() - {"samples_per_second", "denoiser_calls", "denoiser_rows"}:
             assert got[name] == of_other[name]
             assert got[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+
+
+class Stairs(Reward):
+    """The sample's number in its epoch, in eighths: what the pictures are does not matter."""
+
+    name = "stairs"
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str], metadata: Any) -> torch.Tensor:
+        return torch.tensor([extra["number"] for extra in metadata]) / 8
+
+
+def advantages(rank: int) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Return the advantages that the algorithm makes of an epoch's eight samples of one prompt, and all states."""
+    trainer = make(
+        reward=build_reward({"name": "calibrated", "of": Stairs()}),
+        method={"normalize": "prompt", "prompt_min_count": 2},
+        prompts_per_epoch=1,
+        samples_per_prompt=8,
+        epochs=1,
+    )
+    found: list[torch.Tensor] = []
+    plan, prepare = trainer._plan, trainer.algorithm.prepare
+
+    def numbered(epoch: int) -> Any:
+        samples = plan(epoch)
+        return dataclasses.replace(samples, metadata=[{"number": number} for number in range(8)])
+
+    def noting(prompts: Any, rewards: Any) -> Any:
+        prepared = prepare(prompts, rewards)
+        found.append(prepared.values["advantage"])
+        return prepared
+
+    trainer._plan = numbered  # type: ignore[method-assign]
+    trainer.algorithm.prepare = noting  # type: ignore[method-assign]
+    list(trainer)
+    return found[0], [process["reward"] for process in trainer.state_dict()["processes"]]
+
+
+def test_a_reward_that_learns_ranks_the_samples_of_all_processes() -> None:
+    """By statistics of its own, each process would make its best and its worst sample the equals of the other's."""
+    alone, (state,) = advantages(0)
+    (first, states), (second, _) = both(advantages)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, alone, atol=1e-6, rtol=0)
+    assert bool((alone.diff() > 0.1).all())
+    assert states == [state] * 2
 
 
 def keys_drawn(rank: int) -> list[SampleKey]:
@@ -306,7 +364,7 @@ def test_a_signal_to_one_process_stops_both_resumably(tmp_path: Path) -> None:
 
 
 class Counting(Reward):
-    """Redness above the mean of all that this process has seen."""
+    """Redness above the mean of all that has been seen."""
 
     name = "counting"
 
@@ -333,13 +391,37 @@ def remember(rank: int, out: Path, epochs: int, resume: bool) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_each_process_gets_its_own_memory_and_generators_back(tmp_path: Path) -> None:
+def test_processes_share_a_memory_and_get_their_generators_back(tmp_path: Path) -> None:
     whole, _ = both(remember, tmp_path / "whole", 3, False)
     both(remember, tmp_path / "cut", 2, False)
-    with pytest.raises(UserError, match="has a memory in each of 2 processes, this run has 1; resume with 2"):
-        make(tmp_path / "cut", reward=Counting(), resume=True)
+    reward = Counting()
+    with pytest.warns(UserWarning, match="was made by 2 processes, this run has 1"):
+        trainer = make(tmp_path / "cut", reward=reward, resume=True)
+    assert reward.count == 2 * 9
+    # Processes of an earlier release had a memory each, which one process cannot have.
+    state = trainer.state_dict()
+    (own,) = state["processes"]
+    state["processes"] = [own, {**own, "reward": {**own["reward"], "count": 1}}]
+    with pytest.raises(UserError, match="has another memory in each of 2 processes, this run has 1; resume with 2"):
+        trainer.load_state_dict(state)
     resumed, _ = both(remember, tmp_path / "cut", 3, True)
     assert torch.equal(whole, resumed)
+
+
+def watching(rank: int, out: Path, epochs: int, resume: bool) -> dict[str, Any]:
+    monitor = [{"name": "calibrated", "of": "contrast"}]
+    trainer = make(out, monitor=monitor, epochs=epochs, resume=resume, sample_every=0)
+    list(trainer)
+    assert trainer.monitor is not None
+    return trainer.monitor.state_dict()
+
+
+@pytest.mark.slow
+def test_a_monitored_reward_that_learns_resumes_in_two_processes(tmp_path: Path) -> None:
+    whole, other = both(watching, tmp_path / "whole", 3, False)
+    assert whole == other and whole["watched"]["calibrated"]["count"] == 3 * 9
+    both(watching, tmp_path / "cut", 2, False)
+    assert both(watching, tmp_path / "cut", 3, True) == [whole] * 2
 
 
 @pytest.mark.slow

@@ -106,12 +106,23 @@ def test_uncertainty_is_used_and_passed_on() -> None:
     )
     with pytest.raises(UserError, match="'lower_bound': 'first' reports no uncertainty"):
         total("lower_bound", "first")
-    twice = ["second", {"name": "affine", "of": "second", "offset": 1.0}]
-    with pytest.raises(UserError, match="'affine' reports no uncertainty"):
+    twice = ["second", {"name": "sigmoid", "of": "second"}]
+    with pytest.raises(UserError, match="'sigmoid' reports no uncertainty"):
         total("precision_weighted", twice)
     weighted = scored(["first", {"name": "second", "weight": -2.0}])
     assert weighted.uncertainty is not None
     assert weighted.uncertainty.tolist() == pytest.approx([2 * s for s in SIGMA])
+
+
+def test_an_affine_map_scales_the_uncertainty_and_bends_drop_it() -> None:
+    out = scored({"name": "affine", "of": "second", "scale": -2.0, "offset": 5.0})
+    assert out.uncertainty is not None and out.uncertainty.tolist() == pytest.approx([2 * s for s in SIGMA])
+    assert scored({"name": "affine", "of": "first", "scale": 2.0}).uncertainty is None
+    for shape in ({"name": "hinge", "target": 2.0}, {"name": "clip", "eta": 1.0}, {"name": "sigmoid"}):
+        assert scored({**shape, "of": "second"}).uncertainty is None
+    # So a scaled scorer has its place beside others that know theirs.
+    scaled = [{"name": "affine", "of": "second", "scale": 0.5}, "second"]
+    assert scored({"name": "precision_weighted", "of": scaled}).uncertainty is not None
 
 
 def test_precision_weights_the_surer_scorer() -> None:
@@ -159,6 +170,17 @@ def test_segments() -> None:
     got = build_reward("segmental", of="even", segments=3, rate=1.0)(film, ["a"])
     assert got.total.item() == pytest.approx(0.5) and got.parts["even"].item() == pytest.approx(0.5)
     assert build_reward("segmental", of="even")(film[:, 3], ["a"]).total.item() == pytest.approx(3 / 8)
+
+
+def test_a_films_uncertainty_is_its_frames_weighted_alike() -> None:
+    reward("unsure")(lambda images, prompts: RewardOutput(images.mean((1, 2, 3)), {}, images.amax((1, 2, 3))))
+    film = torch.linspace(0, 1, 9).view(1, 9, 1, 1, 1).expand(1, 9, 3, 8, 8)
+    built = build_reward("segmental", of="unsure", segments=3, rate=1.0)
+    out = built(film, ["a"])
+    assert out.uncertainty is not None and out.uncertainty.item() == pytest.approx(out.total.item())
+    still = built(film[:, 3], ["a"])
+    assert still.uncertainty is not None and still.uncertainty.item() == pytest.approx(3 / 8)
+    assert build_reward("segmental", of="even")(film, ["a"]).uncertainty is None
 
 
 def test_segments_at_random_are_the_papers() -> None:
@@ -274,6 +296,55 @@ def test_calibration_freezes_and_stands_equal_scores() -> None:
     before = built.state_dict()
     assert feed(built, [0.3, 0.3]).tolist() == pytest.approx([0, 0], abs=1e-6) and built.state_dict() == before
     assert feed(build_reward("calibrated", of="even"), [0.7, 0.7]).tolist() == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_with_gradients_the_statistics_are_those_of_the_steps_beginning() -> None:
+    """However a step is cut, its scores and what is learned from it are the same."""
+    values = torch.rand(8, generator=torch.Generator().manual_seed(0))
+    images = values.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    spec = [{"name": "calibrated", "of": {"name": "calibrated", "of": "brightness"}}, "brightness"]
+    seen, states = [], []
+    for size in (8, 3, 1):
+        built = build_reward(spec)
+        for step in range(2):
+            parts = images.clone().requires_grad_().split(size)
+            out = [built(part, [""] * len(part)) for part in parts]
+            if step == 0:
+                first = torch.cat([o.parts["calibrated"] for o in out])
+                torch.testing.assert_close(first, values, atol=1e-6, rtol=0)
+            assert all(o.total.requires_grad for o in out)
+            before = built.state_dict()
+            found = built.collect()
+            assert built.collect() is None and built.state_dict() == before
+            built.settle([found])
+            assert built.state_dict() != before
+        seen.append(torch.cat([o.parts["calibrated"] for o in out]).detach())
+        states.append(built.state_dict())
+    for other, state in zip(seen[1:], states[1:], strict=True):
+        torch.testing.assert_close(other, seen[0], atol=1e-5, rtol=0)
+        for key in ("count", "mean", "squares"):
+            for one, same in ((state, states[0]), (state["calibrated"]["of"], states[0]["calibrated"]["of"])):
+                got, expected = one["calibrated"][key], same["calibrated"][key]
+                assert got == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    # The outer one has seen what the inner one gave in the first step: the scores as they were.
+    z = (values - values.mean()) / values.std(correction=0)
+    expected = (z - values.mean()) / values.std(correction=0)
+    torch.testing.assert_close(seen[0], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_what_is_kept_back_is_given_up_with_the_state() -> None:
+    built = build_reward("calibrated", of="brightness", freeze_after=4)
+    feed(built, [0.1, 0.3])
+    state = built.state_dict()
+    built(torch.rand(3, 3, 4, 4).requires_grad_(), [""] * 3)
+    built.load_state_dict(state)
+    assert built.collect() is None
+    # A step counts whole, and frozen statistics stay.
+    for count in (5, 5):
+        built(torch.rand(3, 3, 4, 4).requires_grad_(), [""] * 3)
+        built.settle([built.collect()])
+        assert built.state_dict()["count"] == count
+    assert build_reward(["brightness", "contrast"]).collect() is None
 
 
 def test_a_nested_state_reaches_its_term() -> None:

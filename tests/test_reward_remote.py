@@ -51,6 +51,45 @@ def test_scores_and_parts_arrive_in_order() -> None:
         assert server.counts["fine"] == 8
 
 
+def test_an_uncertainty_is_taken_and_a_wrong_one_is_asked_for_again() -> None:
+    def unsure(body: dict[str, Any]) -> dict[str, Any]:
+        answer = brightness(body)
+        replies.append(next(wrong, [0.1 * score for score in answer["scores"]]))
+        return {**answer, "uncertainty": replies[-1]}
+
+    replies: list[Any] = []
+    wrong = iter([[0.1], [float("nan")] * 4, [-0.1] * 4, "0.1", [None] * 4])
+    with serving(unsure) as server:
+        images = pictures(4)
+        out = build_reward("remote", url=server.url, deadline=30)(images, ["a"] * 4)
+        assert out.uncertainty is not None and len(replies) == 6
+        torch.testing.assert_close(out.uncertainty, 0.1 * expected(images), atol=1e-6, rtol=0)
+    with serving(lambda body: {**brightness(body), "uncertainty": None}) as server:
+        assert build_reward("remote", url=server.url)(images, ["a"] * 4).uncertainty is None
+
+
+def test_films_travel_as_lists_of_frames() -> None:
+    films = pictures(12).unflatten(0, (3, 4))
+    asked: list[Any] = []
+
+    def noting(body: dict[str, Any]) -> dict[str, Any]:
+        asked.extend(body["images"])
+        return brightness(body)
+
+    with serving(noting) as server:
+        score = build_reward("remote", url=server.url)
+        out = score(films, ["a"] * 3)
+        torch.testing.assert_close(out.total, films.mean((1, 2, 3, 4)), atol=1e-6, rtol=0)
+        assert [len(film) for film in asked] == [4] * 3
+        # A film of one frame is another sample than the picture, whose score may not be its own.
+        score(films[:, :1], ["a"] * 3)
+        score(films[:, 0], ["a"] * 3)
+        assert [type(one) for one in asked[3:]] == [list] * 3 + [str] * 3
+        score = build_reward("remote", url=server.url, films="frames")
+        torch.testing.assert_close(score(films, ["a"] * 3).total, out.total, atol=1e-6, rtol=0)
+        assert all(isinstance(one, str) for one in asked[9:]) and len(asked) == 9 + 12
+
+
 def hammer(calls: int, samples: int) -> tuple[int, float]:
     """Score with 30 % of all replies at fault; return requests and seconds."""
     started = time.monotonic()
@@ -160,6 +199,33 @@ def test_yes_and_ratings_of_a_chat_server() -> None:
         torch.testing.assert_close(rating(images, prompts).total, expected(images), atol=2e-3, rtol=0)
     with pytest.raises(UserError, match="mode is 'ask' from 1.0 to 5.0"):
         build_reward("vlm_server", url="http://127.0.0.1:1", model="m", mode="ask")
+
+
+@pytest.mark.parametrize("name", ["vlm_server", "unified_reward"])
+def test_an_answer_that_cannot_be_read_is_asked_for_three_times(name: str) -> None:
+    """At temperature 0 it would be the same until the deadline; what does not arrive is not counted."""
+
+    def evading(body: dict[str, Any]) -> dict[str, Any]:
+        return {"choices": [{"message": {"content": "I would rather not say."}}]}
+
+    modes = {"vlm_server": {"mode": "rating"}, "unified_reward": {"mode": "point"}}
+    with serving(evading) as server:
+        score = build_reward(name, url=server.url, model="m", deadline=600.0, **modes[name])
+        started = time.monotonic()
+        message = "gave no answer that can be read, in 3 attempts .*I would rather not say.*change the question"
+        with pytest.raises(RemoteError, match=message) as caught:
+            score(pictures(1), ["a"])
+        assert time.monotonic() - started < 30 and "\n" not in str(caught.value)
+        assert server.counts["fine"] == 3
+    replies = iter([evading, evading, answering if name == "vlm_server" else judging])
+    with serving(lambda body: next(replies)(body)) as server:
+        score = build_reward(name, url=server.url, model="m", deadline=600.0, **modes[name])
+        torch.testing.assert_close(score(pictures(1), ["a"]).total, expected(pictures(1)), atol=2e-3, rtol=0)
+    with serving(evading, rate=1.0, faults=("error", "garbage")) as server:
+        score = build_reward(name, url=server.url, model="m", deadline=1.0, **modes[name])
+        with pytest.raises(RemoteError, match="no usable scores from .* within 1 s"):
+            score(pictures(1), ["a"])
+        assert sum(server.counts.values()) > 3
 
 
 def test_answers_are_read_and_missing_ones_are_not_made_up() -> None:

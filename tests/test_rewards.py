@@ -166,6 +166,9 @@ def group_prompts() -> list[str]:
 
 def test_gradients_reach_the_pixels_if_and_only_if_the_scorer_says_so(scorer: Subject) -> None:
     prompts = group_prompts() if scorer.reward.groupwise else PROMPTS
+    if scorer.reward.state_dict():
+        # What learns from its first samples has learned before it is differentiated.
+        scorer(pictures(), prompts)
     images = pictures().requires_grad_(True)
     total = scorer(images, prompts).total
     assert total.requires_grad == scorer.reward.differentiable
@@ -566,6 +569,57 @@ def test_unknown_names_get_the_nearest() -> None:
         build_reward("Scene")
 
 
+def test_lists_of_tensors_keep_their_gradients(registry: None) -> None:
+    reward("listed", differentiable=True)(lambda images, prompts: [image.mean() for image in images])
+    reward("parted", differentiable=True)(
+        lambda images, prompts: {"mean": [image.mean() for image in images], "red": [i[:1].mean() for i in images]}
+    )
+    reward("mixed", differentiable=True)(lambda images, prompts: [images[0].mean(), 0.5, images[1].amax().view(1)])
+    for name, count in (("listed", 3), ("parted", 3), ("mixed", 3)):
+        images = pictures(count).requires_grad_()
+        out = build_reward(name)(images, [""] * count)
+        (gradient,) = torch.autograd.grad(out.total.sum(), images)
+        assert float(gradient[0].abs().max()) > 0 and out.total.shape == (count,)
+    with pytest.raises(UserError, match="returned list, expected 2 numbers"):
+        reward("ragged")(lambda images, prompts: [torch.zeros(2), torch.zeros(3)])
+        build_reward("ragged")(pictures(2), ["", ""])
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        lambda images, prompts: [image.std().item() for image in images],
+        lambda images, prompts: images.detach().mean((1, 2, 3)),
+        lambda images, prompts: {"red": images[:, 0].mean((1, 2)).tolist()},
+    ],
+)
+def test_a_gradient_that_is_lost_on_the_way_is_named(registry: None, lost: Any) -> None:
+    reward("lossy", differentiable=True)(lost)
+    message = "'lossy' is declared differentiable, but its scores carry no gradient to the pixels.*or declare it"
+    for images in (pictures(2), pictures(4).unflatten(0, (2, 2))):
+        with pytest.raises(UserError, match=message) as caught:
+            build_reward(["brightness", "lossy"])(images.requires_grad_(), ["a", "b"])
+        assert "\n" not in str(caught.value)
+        # Where nobody asks for gradients, nothing is lost.
+        build_reward("lossy")(images.detach(), ["a", "b"])
+        with torch.no_grad():
+            build_reward("lossy")(images, ["a", "b"])
+    reward("honest")(lost)
+    build_reward("honest")(pictures(2).requires_grad_(), ["a", "b"])
+
+
+def test_scores_that_do_not_depend_on_the_pixels_need_no_gradient(registry: None) -> None:
+    reward("lengths", differentiable=True)(lambda images, prompts: [float(len(prompt)) for prompt in prompts])
+    images = pictures(2).requires_grad_()
+    built = build_reward(["lengths", {"name": "calibrated", "of": "lengths"}])
+    for _ in range(2):
+        assert built(images, ["a", "bcd"]).parts["lengths"].tolist() == [1, 3]
+        # The check's own look is not counted.
+        (kept,) = built.collect().values()
+        assert kept["own"]["count"] == 2 and built.state_dict()["calibrated"]["count"] == 0
+    assert build_reward(["lengths", "brightness"])(images, ["a", "b"]).total.requires_grad
+
+
 def test_a_name_means_one_thing(registry: None) -> None:
     def other(images: Tensor, prompts: list[str]) -> Tensor:
         return images.mean((1, 2, 3))
@@ -671,6 +725,32 @@ def test_entry_points_are_loaded(registry: None, tmp_path: Path, monkeypatch: py
     )
     monkeypatch.setattr(REWARDS, "_loaded", False)
     assert "installed" in list_rewards()
+
+
+def test_a_broken_package_is_left_out_with_one_line(
+    registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sound_package.py").write_text(PLUGIN.replace("redness", "sound"))
+    (tmp_path / "broken_package.py").write_text("raise RuntimeError('wants numpy 1\\nand more')\n")
+    (tmp_path / "broken_package-2.1.dist-info").mkdir()
+    (tmp_path / "broken_package-2.1.dist-info" / "METADATA").write_text("Name: broken-package\nVersion: 2.1\n")
+    named = "[difftune.rewards]\nbad = broken_package\nworse = no_such_module:x\n"
+    (tmp_path / "broken_package-2.1.dist-info" / "entry_points.txt").write_text(named)
+    monkeypatch.syspath_prepend(tmp_path)
+    (package,) = importlib.metadata.distributions(name="broken-package", path=[str(tmp_path)])
+    sound = importlib.metadata.EntryPoint("sound", "sound_package", "difftune.rewards")
+    points = [*package.entry_points, sound]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    monkeypatch.setattr(REWARDS, "_loaded", False)
+    monkeypatch.setattr(REWARDS, "_broken", [])
+    with pytest.warns(UserWarning, match="cannot be loaded") as told:
+        assert "sound" in list_rewards() and "brightness" in list_rewards()
+    lines = [str(one.message) for one in told]
+    assert len(lines) == 2 and all("\n" not in line for line in lines)
+    assert "reward 'bad' of the installed package broken-package 2.1" in lines[0]
+    assert "(RuntimeError: wants numpy 1)" in lines[0] and "(ModuleNotFoundError: " in lines[1]
+    with pytest.raises(RegistryError, match=r"unknown reward 'bad'.*not loaded: broken-package 2.1\)"):
+        build_reward("bad")
 
 
 SETUP_CFG = """

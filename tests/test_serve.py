@@ -90,6 +90,79 @@ def test_a_run_gets_the_scores_that_it_would_get_at_home(spec: Any, monkeypatch:
     assert sorted(lines) == ["127.0.0.1 200 1 samples", "127.0.0.1 200 3 samples"]
 
 
+def films(count: int = 3, frames: int = 5) -> Tensor:
+    """Return ``(count, frames, 3, 24, 20)`` in values that a file of 8 bits holds."""
+    return pictures(count * frames).unflatten(0, (count, frames))
+
+
+class Motion(Reward):
+    """How much a film changes from frame to frame: nothing that a single frame tells."""
+
+    name = "motion"
+    video = True
+
+    def score(self, images: Tensor, prompts: Any, metadata: Any) -> Tensor:
+        whole = images if images.ndim == 5 else images[:, None]
+        return whole.diff(dim=1).abs().sum((1, 2, 3, 4)) / whole[0, 0].numel()
+
+
+@pytest.mark.parametrize(
+    "spec", [{"name": "segmental", "of": "brightness", "segments": 3, "rate": 1.0}, Motion(), "brightness"]
+)
+def test_films_are_scored_as_at_home(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, with all their frames; a film of one frame and the picture are told apart."""
+    pytest.importorskip("httpx", reason="the remote rewards need the extra remote")
+    monkeypatch.setenv("SCORER_KEY", KEY)
+    local = build_reward(spec)
+    with served(local) as server:
+        settings: dict[str, Any] = {"url": server.url, "key_env": "SCORER_KEY", "batch_size": 2, "deadline": 20}
+        remote, single = build_reward("remote", **settings), build_reward("remote", **settings, films="frames")
+        for images in (films(), films(4, 1), films()[:, 0]):
+            expected, got = local(images, PROMPTS[: len(images)]), remote(images, PROMPTS[: len(images)])
+            torch.testing.assert_close(got.total, expected.total, atol=2e-6, rtol=0)
+            assert got.parts.keys() == expected.parts.keys()
+        by_frame = single(films(), PROMPTS[:3]).total
+        one = torch.stack([local(frame, PROMPTS[:3]).total for frame in films().unbind(1)]).mean(0)
+        torch.testing.assert_close(by_frame, one, atol=2e-6, rtol=0)
+        remote.begin(films(), PROMPTS[:3], [{}] * 3)
+        remote.drop()
+        with pytest.raises(UserError, match="videos without frames"):
+            remote(films()[:, :0], PROMPTS[:3])
+    with pytest.raises(UserError, match="films is 'all', expected whole or frames"):
+        build_reward("remote", url="http://127.0.0.1:1", films="all")
+
+
+def test_films_of_several_lengths_and_broken_ones() -> None:
+    with served(Motion()) as server:
+        images = [[png(), png()], [png()] * 3, png()]
+        status, reply = posted(server.url, asked(prompts=[""] * 3, metadata=[{}] * 3, images=images))
+        assert status == 200 and reply["scores"] == [0, 0, 0] and "uncertainty" not in reply
+        for film, message in (
+            ([], "image 0 is no list of frames"),
+            ([png(), 5], "image 0 is no list of frames"),
+            ([png(), "!"], "image 0 is no PNG file"),
+            ([png(), png(5, 4)], "image 0 is a film whose frames are not of one size"),
+        ):
+            status, reply = posted(server.url, asked(images=[film]))
+            assert status == 400 and message in reply["error"]
+
+
+@pytest.mark.parametrize("sizes", [(24, 24), (24, 16)])
+def test_the_uncertainty_travels(sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one batch, and for pictures of two sizes, which are scored one by one."""
+    pytest.importorskip("httpx", reason="the remote rewards need the extra remote")
+    monkeypatch.setenv("SCORER_KEY", KEY)
+    local = build_reward({"name": "mean_variance", "of": ["brightness", "contrast"]})
+    with served(local) as server:
+        remote = build_reward("remote", url=server.url, key_env="SCORER_KEY", deadline=20)
+        got, expected = remote(pictures(), PROMPTS), local(pictures(), PROMPTS)
+        assert got.uncertainty is not None and expected.uncertainty is not None
+        torch.testing.assert_close(got.uncertainty, expected.uncertainty, atol=2e-6, rtol=0)
+        images = [png(sizes[0], 24), png(sizes[1], 24)]
+        _, reply = posted(server.url, asked(prompts=["", ""], metadata=[{}, {}], images=images))
+        assert len(reply["uncertainty"]) == 2
+
+
 def test_metadata_arrives_and_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with served("scene") as server:
         status, reply = posted(server.url, asked(metadata=[{"clauses": {"count": 2}}]))
@@ -124,6 +197,7 @@ def test_without_the_key_nothing_is_scored(key: str | None) -> None:
         (asked(prompts="a"), 400, "prompts is no list of strings"),
         (asked(prompts=["a", "b"]), 400, "2 prompts, 1 images and 1 metadata"),
         (asked(prompts=[], images=[], metadata=[]), 400, "at least one"),
+        (asked(images=[5]), 400, "images is no list of strings, or lists of them"),
         (asked(metadata=[5]), 400, "metadata is no list of objects"),
         (asked(images=["!"]), 400, "image 0 is no PNG file in base64"),
         (asked(images=[base64.b64encode(b"GIF89a").decode()]), 400, "image 0 is no PNG"),

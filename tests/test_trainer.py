@@ -16,7 +16,7 @@ import difftune as dt
 from difftune import checkpoint
 from difftune.algorithm import build_algorithm
 from difftune.policy import LoraConfig, Policy
-from difftune.reward import FunctionReward, Reward
+from difftune.reward import FunctionReward, Reward, build_reward
 from difftune.sampler import Sampler
 from difftune.trainer import Trainer, _micro_batches, _split
 from difftune.types import Metrics, NonFiniteError, ParityError, UserError
@@ -172,9 +172,7 @@ PHASES = ["rollout", "score", "update"]
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("normalize", ["prompt", "batch"])
-def test_interrupted_anywhere_a_run_resumes_to_the_bit(
-    tmp_path: Path, phase: str, epoch: int, normalize: str
-) -> None:
+def test_interrupted_anywhere_a_run_resumes_to_the_bit(tmp_path: Path, phase: str, epoch: int, normalize: str) -> None:
     settings: dict[str, Any] = {"algorithm": {"normalize": normalize, "prompt_min_count": 3, "timestep_fraction": 0.5}}
     whole = make(tmp_path / "whole", **settings)
     list(whole)
@@ -458,6 +456,63 @@ def test_lora_none_trains_the_whole_denoiser(tmp_path: Path) -> None:
     list(trainer)
     assert not same(kept, weights(trainer))
     assert (tmp_path / "run" / "adapter").is_dir() if trainer.save() else False
+
+
+def calibrated(name: str = "alignprop", out: Path | None = None, **settings: Any) -> Trainer:
+    """A run whose reward learns from the samples of each step, on the tiny model."""
+    method = {"normalize": None, "lr": 1e-2, "adam_eps": 1e-2}
+    reward = build_reward([{"name": "calibrated", "of": "contrast"}, {"name": "brightness", "weight": 0.1}])
+    sizes = {"sample_every": 0, "epochs": 2, "micro_batch": 2}
+    return make(out, reward=reward, name=name, algorithm=method, **{**sizes, **settings})
+
+
+@pytest.mark.parametrize("name", ["alignprop", "draft", "adjoint_matching"])
+def test_a_reward_that_learns_does_so_once_per_step(name: str) -> None:
+    """Micro-batches of one and of four reach the same weights, by the same statistics."""
+    if name == "adjoint_matching":
+        pytest.importorskip("difftune.algorithms.adjoint_matching")
+    runs = [calibrated(name, micro_batch=micro) for micro in (1, 4)]
+    before = weights(runs[0])
+    for trainer in runs:
+        list(trainer)
+    assert not same(before, weights(runs[0]))
+    one, four = (weights(trainer) for trainer in runs)
+    for key, value in four.items():
+        torch.testing.assert_close(one[key], value, atol=1e-5, rtol=0)
+    states = [trainer.reward.state_dict()["calibrated"] for trainer in runs]
+    # Two epochs of eight samples, each counted once.
+    assert states[0]["count"] == states[1]["count"] == 16
+    assert states[0]["mean"] == pytest.approx(states[1]["mean"], rel=1e-4)
+    assert states[0]["squares"] == pytest.approx(states[1]["squares"], rel=1e-3)
+
+
+def test_what_a_reward_learns_from_steps_resumes_to_the_bit(tmp_path: Path) -> None:
+    whole = calibrated(epochs=3)
+    list(whole)
+    list(calibrated(out=tmp_path / "run", epochs=2))
+    resumed = calibrated(out=tmp_path / "run", epochs=3, resume=True)
+    assert resumed.epoch == 2
+    list(resumed)
+    assert same(weights(whole), weights(resumed)) and whole.reward.state_dict() == resumed.reward.state_dict()
+
+
+def test_what_a_failed_micro_batch_taught_is_forgotten() -> None:
+    """Memory gives out once the second micro-batch of the first step has been scored; the step is begun again."""
+    plain, short = calibrated(micro_batch=1), calibrated(micro_batch=2)
+    accumulate, calls = short.algorithm.accumulate, [0]
+
+    def limited(batch: Any, context: Any) -> dict[str, float]:
+        found = accumulate(batch, context)
+        calls[0] += 1
+        if calls[0] == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    short.algorithm.accumulate = limited  # type: ignore[method-assign]
+    list(plain)
+    with pytest.warns(UserWarning, match="train.micro_batch is 1 from here on"):
+        list(short)
+    assert same(weights(plain), weights(short)) and plain.reward.state_dict() == short.reward.state_dict()
 
 
 def test_cutting_into_minibatches_and_micro_batches() -> None:

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from difftune.cli.messages import clean, say
-from difftune.cli.options import Plugins
+from difftune.cli.options import Device, Plugins
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: Largest picture that is decoded: 64 million pixels.
 MAX_PIXELS = 64_000_000
+
+#: Pictures that are scored together.
+BATCH = 16
 
 
 def score(
@@ -26,6 +29,7 @@ def score(
     prompt: Annotated[str | None, typer.Option(help="One prompt for all pictures.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of the reward, KEY=VALUE.")] = None,
     plugin: Plugins = None,
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
 ) -> None:
@@ -33,6 +37,9 @@ def score(
     import csv
     import json
 
+    import torch
+
+    from difftune.config import pick_device
     from difftune.prompts import Prompt, load_prompts, metadata_of
     from difftune.registry import load_plugin
     from difftune.types import UserError
@@ -40,19 +47,24 @@ def score(
     for file in plugin or []:
         load_plugin(file)
     scorer = build_scorer(reward, settings or [])
+    where = pick_device(device)
+    scorer.to(where)
     files = _picture_files(images)
     entries = [Prompt(prompt or "")] * len(files) if prompts is None else load_prompts(prompts)
     if len(entries) != len(files):
         raise UserError(f"--prompts: {prompts} has {len(entries)} prompts for {len(files)} pictures, expected as many")
     rows: list[dict[str, Any]] = []
-    # One at a time, since pictures from outside come in all sizes; together where they are compared.
-    size = len(files) if scorer.groupwise else 1
-    for start in range(0, len(files), size):
-        named, asked = files[start : start + size], entries[start : start + size]
-        out = scorer(_one_size(named), [entry.text for entry in asked], metadata_of(asked))
+    start = 0
+    while start < len(files):
+        pictures = _one_size(files) if scorer.groupwise else _alike(files[start : start + BATCH])
+        named, asked = files[start : start + len(pictures)], entries[start : start + len(pictures)]
+        start += len(pictures)
+        with torch.no_grad():
+            out = scorer(pictures.to(where), [entry.text for entry in asked], metadata_of(asked))
         for i, (file, entry) in enumerate(zip(named, asked, strict=True)):
+            unsure = {} if out.uncertainty is None else {"uncertainty": float(out.uncertainty[i])}
             parts = {name: float(value[i]) for name, value in out.parts.items()}
-            rows.append({"image": str(file), "prompt": entry.text, "score": float(out.total[i]), **parts})
+            rows.append({"image": str(file), "prompt": entry.text, "score": float(out.total[i]), **unsure, **parts})
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif as_csv:
@@ -103,6 +115,19 @@ def _picture_files(paths: Sequence[Path]) -> list[Path]:
     if not files:
         raise UserError(f"no pictures in {', '.join(map(str, paths))}: expected PNG, JPEG or WEBP files")
     return files
+
+
+def _alike(paths: Sequence[Path]) -> Tensor:
+    """Return the first pictures that are of one size, as ``(B, 3, H, W)``, at least one."""
+    import torch
+
+    found: list[Tensor] = []
+    for path in paths:
+        picture = read_picture(path)
+        if found and picture.shape != found[0].shape:
+            break
+        found.append(picture)
+    return torch.cat(found)
 
 
 def _one_size(paths: Sequence[Path]) -> Tensor:
