@@ -172,7 +172,7 @@ def test_of_several_processes_the_first_claims_the_folder(place: Path, monkeypat
 
 def test_resume_names_the_settings_that_would_alter_results(run: Path, capsys: Capture) -> None:
     line = refused(capsys, "train", "my.yaml", "--resume", "algorithm.lr=1", "lora.rank=4", "train.epochs=9")
-    assert "algorithm.lr, lora.rank differ from the run" in line
+    assert "has other values of algorithm.lr, lora.rank, which alter its results" in line
     assert "does not exist" in refused(capsys, "train", "my.yaml", "--resume", "--out", "runs/none")
 
 

@@ -93,8 +93,8 @@ def _claim(out: Path, config: RunConfig, resume: bool) -> None:
         changed = changed_keys(read_yaml(file), resolve(config)) if file.is_file() else []
         if changed:
             raise UserError(
-                f"resume: {', '.join(changed)} differ from the run in {out} and would alter its results; resume with "
-                f"difftune train {out} --resume, or start a new run with --out"
+                f"resume: the run in {out} has other values of {', '.join(changed)}, which alter its results; resume "
+                f"with difftune train {out} --resume, or start a new run with --out"
             )
     elif (out / "metrics.jsonl").exists() or checkpoints(out / "checkpoints"):
         raise UserError(
