@@ -452,7 +452,7 @@ def test_deterministic_steps_cannot_be_replayed(kind: str) -> None:
     with pytest.raises(ValueError, match="step 0 carries no noise"):
         sampler.replay(traj, lambda view: None, steps=[0])
     ode = make(kind, dynamics="ode", eta=0.0)
-    with pytest.raises(ValueError, match="no stochastic step"):
+    with pytest.raises(ValueError, match="none of the loop.s 5 steps carries noise"):
         ode.replay(ode.rollout(PROMPTS), lambda view: None)
 
 
