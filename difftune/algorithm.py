@@ -516,19 +516,23 @@ class SampleAlgorithm(Algorithm):
         """Return the names of the further adapters that :meth:`point_loss` compares with."""
         return ()
 
+    def _timesteps(self, trajectory: Trajectory, context: Context) -> list[float]:
+        """Draw the timesteps of a minibatch: of the schedule, or of the steps that drew the samples."""
+        config, steps = self.config, trajectory.times.tolist()
+        own = config.timestep_sampling == "sampler"
+        sampling = "uniform" if own else config.timestep_sampling
+        shares = draw_times(config.timesteps, config.timestep_range, sampling, context.generator)
+        if not own:
+            return [context.sampler.timestep(u) for u in shares]
+        # Steps go from pure noise to the picture, shares the other way; a step counts once.
+        return list(dict.fromkeys(steps[min(int((1 - u) * len(steps)), len(steps) - 1)] for u in shares))
+
     def accumulate(self, batch: Batch, context: Context) -> dict[str, float]:
         """Noise the samples, ask every adapter, and run backward at each noise level."""
         trajectory = batch.trajectory
         assert trajectory is not None
         config, sampler = self.config, context.sampler
-        own = trajectory.times if config.timestep_sampling == "sampler" else None
-        sampling = "uniform" if own is not None else config.timestep_sampling
-        shares = draw_times(config.timesteps, config.timestep_range, sampling, context.generator)
-        if own is None:
-            times = [sampler.timestep(u) for u in shares]
-        else:
-            # Steps go from pure noise to the picture; shares the other way.
-            times = [float(own[min(int((1 - u) * len(own)), len(own) - 1)]) for u in shares]
+        times = self._timesteps(trajectory, context)
         salt = int(torch.randint(2**31, (1,), generator=context.generator))
         x0 = working(trajectory.states[:, -1]).to(context.policy.device)
         keys = [replace(key, sample=-1) for key in batch.keys] if self.shared_noise else batch.keys

@@ -182,6 +182,10 @@ def test_noise_levels_may_be_those_of_the_samplers_own_steps(bounds: tuple[float
     reward = FunctionReward("r", lambda images, prompts: images.flatten(1).mean(1), True)
     algorithm.accumulate(batch, Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0))
     assert sorted(seen, reverse=True) == pytest.approx(traj.times[:count].tolist())
+    seen.clear()
+    algorithm.config.timesteps = 20  # more than there are: each once
+    algorithm.accumulate(batch, Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0))
+    assert sorted(seen, reverse=True) == pytest.approx(traj.times[:count].tolist())
 
 
 def test_flow_models_are_told_from_diffusion_models() -> None:
