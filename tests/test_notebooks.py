@@ -36,5 +36,6 @@ def test_the_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(os.environ, "DIFFTUNE_FAST", "1")
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     started = time.monotonic()
-    NotebookClient(notebook, timeout=180, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert time.monotonic() - started < 180
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    # A minute alone on two cores; beside other tests, which may train with two threads as well, several.
+    assert time.monotonic() - started < 600
