@@ -472,6 +472,7 @@ SHARDED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(SHARDED))
 def test_a_sharded_base_takes_the_steps_of_a_whole_one(case: str) -> None:
     alone, _ = run(0, {"kind": "sd3", **SHARDED[case]})

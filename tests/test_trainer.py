@@ -199,6 +199,7 @@ def test_interrupted_anywhere_a_run_resumes_to_the_bit(tmp_path: Path, phase: st
     assert whole.algorithm.state_dict() == resumed.algorithm.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["prepared", "accumulated", "saving"])
 def test_interrupted_inside_a_phase_a_run_resumes_to_the_bit(
     tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
@@ -466,6 +467,7 @@ def calibrated(name: str = "alignprop", out: Path | None = None, **settings: Any
     return make(out, reward=reward, name=name, algorithm=method, **{**sizes, **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alignprop", "draft", "adjoint_matching"])
 def test_a_reward_that_learns_does_so_once_per_step(name: str) -> None:
     """Micro-batches of one and of four reach the same weights, by the same statistics."""
