@@ -2,21 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import AfterValidator
-
-
-def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
-    low, high = bounds
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"got ({low:g}, {high:g}), expected 0 <= low < high <= 1")
-    return bounds
-
-
-Shares = Annotated[tuple[float, float], AfterValidator(_ordered)]
-"""A part of the steps, from one share of them to another: 0 is the first step, 1 past the last."""
 
 
 def middle_step(bounds: tuple[float, float], steps: int, generator: torch.Generator) -> int:

@@ -24,17 +24,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from difftune.algorithm import Batch, Point, SampleAlgorithm, SampleConfig, algorithm
+from difftune.algorithm import BareConfig, Batch, Point, SampleAlgorithm, algorithm
 from difftune.algorithms._preferences import Paired, PairsConfig, beta_of
 
 
-class DiffusionDPOConfig(PairsConfig, SampleConfig):
+class DiffusionDPOConfig(PairsConfig, BareConfig):
     """Settings of Diffusion-DPO and Flow-DPO."""
 
     lr: float = Field(2e-5, gt=0, description="Learning rate of AdamW (Diffusion-DPO's 1e-8 times its batch of 2048).")
-    fit_guidance: float | None = Field(
-        1.0, gt=0, description="Guidance scale of the fitted prediction: 1, the bare one (paper); null: the sampler's."
-    )
     beta: float | None = Field(
         None,
         gt=0,

@@ -23,8 +23,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from difftune.algorithm import Batch, Context, GradientAlgorithm, GradientConfig, algorithm
-from difftune.algorithms._steps import Shares, middle_step
+from difftune.algorithm import Batch, Context, GradientAlgorithm, GradientConfig, Shares, algorithm
+from difftune.algorithms._steps import middle_step
 from difftune.policy import Policy
 
 

@@ -19,7 +19,7 @@ The published variants are settings:
   ``global_std: false``, ``kl_weight: 0``, ``timestep_fraction: 0.6``.
 - CPS (Wang & Yu 2025): ``sampler.dynamics: cps``.
 - GRPO-Guard (Wang et al. 2025, arXiv 2510.22319): ``ratio: guard``, log-ratios freed of their bias and of the step's
-  noise level, and each step's policy loss divided by the time it takes,
+  noise level, and each step's policy loss divided by the time it takes (one more forward pass a step, of mu_old),
 
 .. math::  \log \tilde w_t = S_t \Big(\log w_t + \frac{\lVert\mu_\theta - \mu_{\mathrm{old}}\rVert^2}{2 S_t^2}\Big),
            \qquad L_t = \frac{1}{|\Delta t|}

@@ -27,20 +27,17 @@ from pydantic import Field
 from torch import Tensor
 
 from difftune.advantage import groups_of, signs_in_groups
-from difftune.algorithm import Batch, Plan, Point, Prepared, SampleAlgorithm, SampleConfig, algorithm, require_group
+from difftune.algorithm import BareConfig, Batch, Plan, Point, Prepared, SampleAlgorithm, algorithm, require_group
 from difftune.algorithms._preferences import DataConfig, Offline, beta_of, improvement
 from difftune.reward import Reward
 from difftune.sampler import Sampler
 from difftune.types import RewardOutput
 
 
-class KTOConfig(DataConfig, SampleConfig):
+class KTOConfig(DataConfig, BareConfig):
     """Diffusion-KTO's settings."""
 
     lr: float = Field(2e-5, gt=0, description="Learning rate of AdamW (our default; the authors' 1e-7 is a UNet's).")
-    fit_guidance: float | None = Field(
-        1.0, gt=0, description="Guidance scale of the fitted prediction: 1, the bare one (paper); null: the sampler's."
-    )
     beta: float | None = Field(
         None, gt=0, description="Slope of the utility in mean squared errors; null: 5000 on noise, 100 on velocity."
     )

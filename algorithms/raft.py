@@ -22,18 +22,15 @@ from pydantic import Field
 from torch import Tensor
 
 from difftune.advantage import best_of_groups, preference_units
-from difftune.algorithm import Batch, Plan, Point, Prepared, SampleAlgorithm, SampleConfig, algorithm
+from difftune.algorithm import BareConfig, Batch, Plan, Point, Prepared, SampleAlgorithm, algorithm
 from difftune.reward import Reward
 from difftune.sampler import Sampler
 from difftune.types import RewardOutput, UserError
 
 
-class RAFTConfig(SampleConfig):
+class RAFTConfig(BareConfig):
     """RAFT's settings."""
 
-    fit_guidance: float | None = Field(
-        1.0, gt=0, description="Guidance scale of the fitted prediction: 1, the bare one; null: the sampler's."
-    )
     keep: int = Field(1, ge=1, description="Samples kept per prompt, the best first (paper: 1).")
 
 

@@ -22,8 +22,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from difftune.algorithm import Batch, Context, GradientAlgorithm, GradientConfig, algorithm
-from difftune.algorithms._steps import Shares, middle_step
+from difftune.algorithm import Batch, Context, GradientAlgorithm, GradientConfig, Shares, algorithm
+from difftune.algorithms._steps import middle_step
 
 
 class ReFLConfig(GradientConfig):

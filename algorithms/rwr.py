@@ -10,8 +10,8 @@ with the velocity in place of the noise on flow models (Flow-RWR; Liu et al. 202
 
 Which variant this is, and how popular code differs. ``beta`` *multiplies* the reward, as in the DDPO authors' JAX code
 (0.2 there); a temperature T that divides is beta = 1 / T. ``weights: softmax`` is theirs, over the batch or per prompt;
-``weights: exp`` is Flow-RWR's plain exp(beta r), whose size depends on the reward's offset; ``weights: sparse`` is RWR-
-sparse: only samples above a quantile, all with weight 1. Errors are means over dimensions. The guided prediction is
+``weights: exp`` is Flow-RWR's plain exp(beta r), whose size depends on the reward's offset; ``weights: sparse`` is
+RWR-sparse: only samples above a quantile, all with weight 1. Errors are means over dimensions. The guided prediction is
 fitted, as in the JAX code (``fit_guidance: 1`` fits the bare one, as Flow-RWR does). One pass over a rollout is the
 default here; the authors make 5 (50 for RWR-sparse) over rounds of 10,240 samples.
 """

@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from difftune.advantage import exceeds, groups_of
-from difftune.algorithm import Batch, Point, Prepared, SampleAlgorithm, SampleConfig, algorithm
+from difftune.algorithm import BareConfig, Batch, Point, Prepared, SampleAlgorithm, algorithm
 from difftune.algorithms._preferences import DataConfig, Offline, beta_of, improvement
 from difftune.noise import keyed_generator
 from difftune.policy import Policy
@@ -39,13 +39,10 @@ from difftune.prompts import Prompt
 from difftune.types import RewardOutput, SampleKey
 
 
-class SePPOConfig(DataConfig, SampleConfig):
+class SePPOConfig(DataConfig, BareConfig):
     """SePPO's settings."""
 
     lr: float = Field(2e-5, gt=0, description="Learning rate of AdamW (our default, as for Diffusion-DPO).")
-    fit_guidance: float | None = Field(
-        1.0, gt=0, description="Guidance scale of the fitted prediction: 1, the bare one (paper); null: the sampler's."
-    )
     beta: float | None = Field(
         None, gt=0, description="Strength of the preference in mean squared errors; null: as for Diffusion-DPO."
     )

@@ -18,10 +18,10 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from difftune.noise import keyed_noise
@@ -391,13 +391,24 @@ def require_pictures(algorithm: Algorithm, examples: Sequence[Prompt], plan: Pla
 # -- samples -----------------------------------------------------------------------------------------------------
 
 
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    low, high = bounds
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"got ({low:g}, {high:g}), expected 0 <= low < high <= 1")
+    return bounds
+
+
+Shares = Annotated[tuple[float, float], AfterValidator(_ordered)]
+"""A part of a schedule or of the steps, from one share of it to another, in [0, 1]."""
+
+
 class SampleConfig(AlgorithmConfig):
     """Settings of the algorithms that re-noise finished samples."""
 
     timesteps: int = Field(
         4, ge=1, description="Noise levels at which each sample is trained per update (papers: 1; AWM: 6)."
     )
-    timestep_range: tuple[float, float] = Field(
+    timestep_range: Shares = Field(
         (0.0, 1.0), description="Part of the schedule that noise levels are drawn from; 0 is the picture, 1 pure noise."
     )
     timestep_sampling: Literal["uniform", "logit_normal", "sampler"] = Field(
@@ -409,12 +420,13 @@ class SampleConfig(AlgorithmConfig):
         None, gt=0, description="Guidance scale of the prediction that is fitted: 1, the bare one; null, the sampler's."
     )
 
-    @model_validator(mode="after")
-    def _range_is_ordered(self) -> SampleConfig:
-        low, high = self.timestep_range
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"timestep_range: got ({low:g}, {high:g}), expected 0 <= low < high <= 1")
-        return self
+
+class BareConfig(SampleConfig):
+    """Settings of the algorithms that fit the bare conditional prediction, however the samples were guided."""
+
+    fit_guidance: float | None = Field(
+        1.0, gt=0, description="Guidance scale of the fitted prediction: 1, the bare one (paper); null: the sampler's."
+    )
 
 
 def draw_times(count: int, bounds: tuple[float, float], sampling: str, generator: torch.Generator) -> list[float]:
@@ -632,6 +644,9 @@ class GradientAlgorithm(Algorithm):
                 context.report(rewards)
             loss = reward_loss(rewards.total, config.loss, config.target, config.loss_scale)
             require_finite_loss(self.name, loss, batch.prompts, f"draw {number}")
+            if not loss.requires_grad:
+                # Constant in the pixels of these samples (no text is wanted, say): their gradient is 0.
+                loss = loss + 0.0 * images.flatten(1).mean(1)
             (loss.mean() * (context.weight * share)).backward()
             meter.add(loss=loss)
         return meter.means()

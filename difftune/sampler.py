@@ -499,8 +499,17 @@ class Sampler:
 
         Returns:
             ``(B, 3, H, W)`` or ``(B, F, 3, H, W)`` images in [0, 1], with the graph back to ``latents``.
+
+        Raises:
+            UserError: ``latents`` require a gradient, and the pipeline decodes without a graph.
         """
-        return self._pictures(Decoder(latents), tuple(prompts), tuple(keys), conditions or {})
+        images = self._pictures(Decoder(latents), tuple(prompts), tuple(keys), conditions or {})
+        if latents.requires_grad and not images.requires_grad:
+            raise UserError(
+                f"{type(self.policy.pipe).__name__} decodes without a graph, so no reward's gradient reaches its "
+                "latents; use an algorithm of transitions or samples (ddpo, grpo, nft)"
+            )
+        return images
 
     def pull_back(self, trajectory: Trajectory, index: int, vector: Tensor) -> Tensor:
         """Return ``vector`` times the Jacobian of step ``index``'s mean by the sample that the step before returned.

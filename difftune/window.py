@@ -14,8 +14,8 @@ from difftune.types import UserError
 class Window(BaseModel):
     """A window of ``size`` steps that is drawn or moved from epoch to epoch; the steps outside are ODE steps.
 
-    ``random``: ``size`` neighbouring steps from a random one on, drawn anew every ``every`` epochs (Flow-GRPO-Fast: the
-    block begins within the first half of the steps; that is what ``last`` is for).
+    ``random``: ``size`` neighbouring steps from a random one on, drawn anew every ``every`` epochs (Flow-GRPO-Fast:
+    within the first half of the steps, which ``last`` says).
     ``sliding``: ``size`` neighbouring steps, from the noisiest on, that move by ``stride`` every ``every`` epochs and
     begin again when they have come to the end (MixGRPO, Li et al. 2025, arXiv 2507.21802: size 4 of 25 steps, stride 1,
     every 25).

@@ -17,7 +17,7 @@ from difftune.algorithms.drtune import spaced_steps, stopped_inputs
 from difftune.algorithms.refl import middle_step
 from difftune.policy import LoraConfig, Policy
 from difftune.reward import FunctionReward
-from difftune.sampler import Sampler
+from difftune.sampler import Sampler, sample_keys
 from difftune.types import UserError
 
 PROMPTS = ["a", "b", "a"]
@@ -272,3 +272,30 @@ def test_cutting_into_micro_batches_changes_nothing(name: str) -> None:
         results.append((run.policy.parameters()[0].detach(), rewards))
     torch.testing.assert_close(results[0][0], results[1][0], atol=2e-4, rtol=0)
     assert results[0][1] == pytest.approx(results[1][1], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["alignprop", "draft", "refl", "drtune", "adjoint_matching"])
+def test_where_the_pixels_do_not_matter_the_gradient_is_0(name: str) -> None:
+    """A scorer may have nothing to look for in some samples, such as text where none is asked for."""
+    sampler = chains.sampler("diffusion")
+    keys = sample_keys(["a"] * 2, 0, 1)
+    reward = FunctionReward("nothing", lambda images, prompts: torch.ones(len(images)), True)
+    traj = sampler.rollout(["a"] * 2, keys=keys) if name == "adjoint_matching" else None
+    batch = Batch(("a", "a"), keys, {}, traj, metadata=[{}] * 2)
+    context = Context(sampler, sampler.policy, reward, 1.0, torch.Generator(), 1, 0)
+    settings = {} if name == "adjoint_matching" else {"loss": "negative"}
+    metrics = build_algorithm(name, **settings).accumulate(batch, context)
+    expected = 0.0 if name == "adjoint_matching" else -build_algorithm(name).config.loss_scale
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-6)
+    assert all(p.grad is not None and not bool(p.grad.any()) for p in sampler.policy.parameters())
+
+
+def test_latents_that_are_decoded_without_a_graph_are_told() -> None:
+    sampler = chains.sampler("diffusion")
+    traj = sampler.rollout(["a"])
+    latents = traj.states[:, -1].clone().requires_grad_()
+    assert sampler.decode(latents, traj.prompts, traj.keys).requires_grad
+    pictures = sampler._pictures
+    sampler._pictures = lambda *args, **settings: pictures(*args, **settings).detach()  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="decodes without a graph, so no reward's gradient reaches its latents"):
+        sampler.decode(latents, traj.prompts, traj.keys)
